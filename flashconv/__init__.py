@@ -1,0 +1,17 @@
+"""PyTorch's convolution layers for Apple's MLX."""
+
+__version__ = "0.1.0"
+
+from flashconv import functional
+from flashconv.base import _ConvNd
+from flashconv.conv import Conv1d, Conv2d, Conv3d
+from flashconv.lazy import (
+    LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
+    LazyConvTranspose3d, materialize)
+from flashconv.transposed import (
+    ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _ConvTransposeNd)
+
+__all__ = [
+    "functional", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
+    "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d", "LazyConvTranspose1d",
+    "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "_ConvNd", "_ConvTransposeNd"]
