@@ -23,7 +23,7 @@ def insert_zeros(
         x = x[(slice(None),) * axis + (slice(0, (n - 1) * step + 1),)]
     return x
 
-# %% ../nbs/02_dilation.ipynb #3157bfb7
+# %% ../nbs/02_dilation.ipynb #acee4b29
 def coverage(
     kernel_sizes: list,  # taps of each layer, input side first
     dilations: list,  # dilation of each layer
@@ -34,8 +34,8 @@ def coverage(
                          f"sizes and {len(dilations)} dilations")
     paths = [1]
     for k, d in zip(kernel_sizes, dilations):
-        taps = [0] * (d * (k - 1) + 1)
-        taps[::d] = [1] * k
-        paths = [sum(paths[i - t] for t in range(len(taps)) if taps[t] and 0 <= i - t < len(paths))
-                 for i in range(len(paths) + len(taps) - 1)]
+        wider = [0] * (len(paths) + d * (k - 1))
+        for tap in range(k):
+            for i, count in enumerate(paths): wider[i + tap * d] += count
+        paths = wider
     return paths

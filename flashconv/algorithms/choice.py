@@ -5,22 +5,30 @@
 # %% auto #0
 __all__ = ['choose']
 
-# %% ../../nbs/algorithms/choice.ipynb #530d8dc8
+# %% ../../nbs/algorithms/choice.ipynb #b0d7acaa
 from collections.abc import Callable
 from math import prod
 
 import mlx.core as mx
 
 from .native import native
-from .taps import taps
+from .taps import places, taps
 from ..arithmetic import Geometry
 
-# %% ../../nbs/algorithms/choice.ipynb #a40129d1
+# %% ../../nbs/algorithms/choice.ipynb #258cd92e
 def choose(
     g: Geometry,  # the checked call
     dtype: mx.Dtype,  # of input and weight
 ) -> Callable:  # algorithm(x, w, g)
-    "The algorithm for one call: `native` or `taps`."
-    if dtype not in (mx.float32, mx.float16, mx.bfloat16): return taps
-    grouped_3d = g.groups > 1 and len(g.stride) == 3
-    return taps if grouped_3d and prod(g.kernel_size) <= g.groups else native
+    "The algorithm for one call: `native`, `taps` or `places`."
+    out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
+    n_taps, n_places = prod(g.kernel_size), prod(out)
+    plain = places if n_places < n_taps and not g.transposed else taps
+    if dtype not in (mx.float32, mx.float16, mx.bfloat16): return plain
+    if len(g.stride) == 3 and g.groups > 1:
+        return plain if min(n_taps, n_places) <= g.groups else native
+    if g.transposed: return taps if max(g.stride) > 1 and n_taps <= _MOST_STEPS else native
+    return places if n_places < n_taps and n_places <= _MOST_STEPS else native
+
+# %% ../../nbs/algorithms/choice.ipynb #aa3e93ef
+_MOST_STEPS = 256  # a longer graph costs more than it saves

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['convolve', 'input_gradient', 'weight_gradient']
 
-# %% ../../nbs/algorithms/derivatives.ipynb #b11309c1
+# %% ../../nbs/algorithms/derivatives.ipynb #c49d98cd
 from dataclasses import replace
 from functools import lru_cache
 
 import mlx.core as mx
 
 from .choice import choose
-from .taps import taps
+from .native import native
 from ..arithmetic import Geometry, transposed_output_size
 
-# %% ../../nbs/algorithms/derivatives.ipynb #1dfc1aec
+# %% ../../nbs/algorithms/derivatives.ipynb #631dea5a
 def convolve(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -23,14 +23,14 @@ def convolve(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "Run a checked convolution by the algorithm that is chosen for it."
     algorithm = choose(g, x.dtype)
-    return taps(x, w, g) if algorithm is taps else _with_rules(g, algorithm)(x, w)
+    return _with_rules(g)(x, w) if algorithm is native else algorithm(x, w, g)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #09ea29c0
+# %% ../../nbs/algorithms/derivatives.ipynb #49d98037
 @lru_cache(maxsize=4096)
-def _with_rules(g, algorithm):
-    "`algorithm` as a function of two arrays that MLX differentiates and batches by our rules."
+def _with_rules(g):
+    "`native` as a function of two arrays that MLX differentiates and batches by our rules."
     @mx.custom_function
-    def run(x, w): return algorithm(x, w, g)
+    def run(x, w): return native(x, w, g)
 
     @run.vjp
     def _(primals, cotangent, output):
@@ -42,30 +42,29 @@ def _with_rules(g, algorithm):
 
     return run
 
-# %% ../../nbs/algorithms/derivatives.ipynb #05a44730
+# %% ../../nbs/algorithms/derivatives.ipynb #365c2a60
 def input_gradient(
     cotangent: mx.array,  # of the output
     w: mx.array,  # PyTorch's weight
-    g: Geometry,  # of the convolution
+    g: Geometry,  # of the convolution, transposed or not
     shape: tuple,  # of the input
-) -> mx.array:  # the cotangent of the input
-    "The transposed convolution of a convolution's cotangent, and the other way round."
-    if g.transposed:
-        return convolve(cotangent, w, replace(g, transposed=False, output_shape=shape,
-                                              output_padding=(0,) * len(g.stride)))
-    sizes, outs = ((s[1:-1] if g.channels_last else s[2:]) for s in (shape, g.output_shape))
-    least = transposed_output_size(outs, g.kernel_size, g.stride, 0, 0, g.dilation)
-    rest = tuple(i + sum(p) - size for i, p, size in zip(sizes, g.padding, least))
-    return convolve(cotangent, w, replace(g, transposed=True, output_shape=shape,
-                                          output_padding=rest))
+) -> mx.array:  # cotangent of the input
+    "The cotangent of a convolution's input: the transposed convolution of its output's."
+    back = replace(g, transposed=not g.transposed, output_shape=shape,
+                   output_padding=(0,) * len(g.stride))
+    if g.transposed: return convolve(cotangent, w, back)
+    sizes, outs = (s[1:-1] if g.channels_last else s[2:] for s in (shape, g.output_shape))
+    reached = transposed_output_size(outs, g.kernel_size, g.stride, 0, 0, g.dilation)
+    rest = tuple(i + sum(p) - r for i, p, r in zip(sizes, g.padding, reached))
+    return convolve(cotangent, w, replace(back, output_padding=rest))
 
-# %% ../../nbs/algorithms/derivatives.ipynb #15c86cae
+# %% ../../nbs/algorithms/derivatives.ipynb #ee868180
 def weight_gradient(
     x: mx.array,  # input
     cotangent: mx.array,  # of the output
-    g: Geometry,  # of the convolution
-) -> mx.array:  # the cotangent of the weight, in PyTorch's layout
-    "A convolution in which batch and channels trade places, and so do stride and dilation."
+    g: Geometry,  # of the convolution, transposed or not
+) -> mx.array:  # cotangent of the weight, in PyTorch's layout
+    "The cotangent of a convolution's weight: its input convolved with its output's cotangent."
     if g.channels_last: x, cotangent = mx.moveaxis(x, -1, 1), mx.moveaxis(cotangent, -1, 1)
     if g.transposed: x, cotangent = cotangent, x
     xs, ys = (a.reshape(len(a), g.groups, -1, *a.shape[2:]) for a in (x, cotangent))
@@ -91,11 +90,12 @@ def _batched(x, w, x_axis, w_axis, g):
     y = mx.moveaxis(mx.unflatten(y, channels, (blocks, len(w), -1)), channels + 1, 0)
     return mx.flatten(y, channels + 1, channels + 2)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #3d25c2b3
+# %% ../../nbs/algorithms/derivatives.ipynb #e7af5ee0
 def _side_by_side(x, w, g, channels, many_inputs):
     "Input, weight and groups of the wide convolution, and the blocks its output channels come in."
-    if many_inputs:  # input i meets weight i only: groups
+    if many_inputs:
         x = mx.flatten(mx.moveaxis(x, 0, channels), channels, channels + 1)
         return x, mx.flatten(w, 0, 1), len(w) * g.groups, 1
-    if g.transposed: return x, mx.flatten(mx.moveaxis(w, 0, 1), 1, 2), g.groups, g.groups
-    return x, mx.flatten(mx.unflatten(w, 1, (g.groups, -1)).swapaxes(0, 1), 0, 2), g.groups, g.groups
+    if g.transposed: w = mx.flatten(mx.moveaxis(w, 0, 1), 1, 2)
+    else: w = mx.flatten(mx.unflatten(w, 1, (g.groups, -1)).swapaxes(0, 1), 0, 2)
+    return x, w, g.groups, g.groups

@@ -1,0 +1,36 @@
+# make demo | make test | make readme | make clean
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+METADATA = settings.ini setup.py pyproject.toml
+
+export MPLBACKEND = Agg
+
+.PHONY: demo test readme clean
+
+demo: $(VENV)/demo-installed
+	$(BIN)/python -m flashconv $(PICTURE)
+
+test: $(VENV)/test-installed
+	$(BIN)/python -m pytest -q -n auto
+
+readme: $(VENV)/test-installed
+	$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info _docs _proc demo.png
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo-installed: $(METADATA) | $(BIN)/python
+	$(BIN)/python -m pip install -q -e ".[cpu]"
+	touch $@
+
+# PyTorch on its own first: the tests judge by this version, whatever newer one there is.
+$(VENV)/test-installed: $(METADATA) | $(BIN)/python
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[cpu,dev,torch]"
+	touch $@
