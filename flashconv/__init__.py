@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from flashconv import functional
 from flashconv.base import _ConvNd
 from flashconv.conv import Conv1d, Conv2d, Conv3d
+from flashconv.convert import from_mlx, from_torch, to_mlx, to_torch
 from flashconv.lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
     LazyConvTranspose3d, materialize)
@@ -14,4 +15,5 @@ from flashconv.transposed import (
 __all__ = [
     "functional", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
     "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d", "LazyConvTranspose1d",
-    "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "_ConvNd", "_ConvTransposeNd"]
+    "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "from_torch", "to_torch",
+    "from_mlx", "to_mlx", "_ConvNd", "_ConvTransposeNd"]

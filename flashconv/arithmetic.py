@@ -202,14 +202,16 @@ def _check_ranks(name, n, shape, weight_shape):
         raise RuntimeError(f"Expected {n + 2}-dimensional weight for {name}, but got "
                            f"{len(weight_shape)}-dimensional weight of size {list(weight_shape)}")
 
-# %% ../nbs/00_arithmetic.ipynb #7b061640
-def _check_numbers(groups, padding, output_padding, stride, dilation):
+# %% ../nbs/00_arithmetic.ipynb #577e1f4c
+def _check_numbers(groups, padding, output_padding, stride, dilation, kernel):
+    lowest = 0 if isinstance(padding, str) else min(padding)
     for wrong, message, value in (
         (groups <= 0, "non-positive groups is not supported", groups),
-        (min(map(min, padding)) < 0, "negative padding is not supported", padding),
+        (lowest < 0, "negative padding is not supported", padding),
         (min(output_padding) < 0, "negative output_padding is not supported", output_padding),
         (min(stride) <= 0, "non-positive stride is not supported", stride),
         (min(dilation) <= 0, "dilation should be greater than zero", dilation),
+        (min(kernel) <= 0, "kernel size should be greater than zero", kernel),
     ):
         if wrong: raise RuntimeError(f"{message}, but got {value}")
 
@@ -239,22 +241,18 @@ def check_limit(sizes: tuple) -> None:
         raise RuntimeError(f"a size of {_text(sizes)} is beyond what MLX can index: each axis may "
                            f"have {2**31 - 1} entries at most")
 
-# %% ../nbs/00_arithmetic.ipynb #e40dd05a
+# %% ../nbs/00_arithmetic.ipynb #12bb093a
 def _conv_sizes(spatial, kernel, stride, padding, dilation):
     "Output sizes of a convolution, or the error that PyTorch raises for them."
-    if min(kernel) <= 0:
-        raise RuntimeError(f"kernel size should be greater than zero, but got {kernel}")
     padded = tuple(i + lo + hi for i, (lo, hi) in zip(spatial, padding))
     spans = effective_kernel_size(kernel, dilation)
     if any(i < span for i, span in zip(padded, spans)): raise RuntimeError(_too_large(padded, spans))
     check_limit(padded)
     return output_size(padded, kernel, stride, 0, dilation)
 
-# %% ../nbs/00_arithmetic.ipynb #795fa8bf
+# %% ../nbs/00_arithmetic.ipynb #8bad5697
 def _transposed_sizes(spatial, kernel, stride, padding, dilation, output_padding):
     "Output sizes of a transposed convolution, or the error that PyTorch raises for them."
-    if min(kernel) <= 0:
-        raise RuntimeError(f"kernel size should be greater than zero, but got {kernel}")
     if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation)):
         raise RuntimeError("output padding must be smaller than either stride or dilation, but got "
                            f"output_padding: {output_padding} stride: {stride} "
@@ -267,7 +265,7 @@ def _transposed_sizes(spatial, kernel, stride, padding, dilation, output_padding
     check_limit(transposed_output_size(spatial, kernel, stride, 0, output_padding, dilation))
     return sizes
 
-# %% ../nbs/00_arithmetic.ipynb #cf074e1e
+# %% ../nbs/00_arithmetic.ipynb #226eb9df
 @lru_cache(maxsize=4096)
 def conv_geometry(
     name: str,  # of the function, for messages
@@ -287,9 +285,9 @@ def conv_geometry(
     given = [1] * (n + 2 - len(shape)) + list(shape)
     first = [given[0], given[-1], *given[1:-1]] if channels_last else given
     kernel, spatial = weight_shape[2:], tuple(first[2:])
-    padding = _padding_amounts(padding, stride, kernel, dilation)
     after = output_padding or (0,) * n
-    _check_numbers(groups, padding, after, stride, dilation)
+    _check_numbers(groups, padding, after, stride, dilation, kernel)
+    padding = _padding_amounts(padding, stride, kernel, dilation)
     _check_channels(first, given, weight_shape, bias_shape, groups, transposed)
     sizes = (_transposed_sizes(spatial, kernel, stride, padding, dilation, after) if transposed
              else _conv_sizes(spatial, kernel, stride, padding, dilation))

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d', 'pad']
 
-# %% ../nbs/03_functional.ipynb #cdca2903
+# %% ../nbs/03_functional.ipynb #49366608
 import mlx.core as mx
 
-from .algorithms.derivatives import convolve
+from .algorithms.derivatives import add_bias, convolve
 from .arithmetic import as_ints, conv_geometry, is_channels_last
 from .padding import check_array, pad
 
@@ -27,7 +27,7 @@ def _check_dtypes(name, input, weight, bias):
         raise NotImplementedError(f'"{name}" not implemented for {_dtype_name(input.dtype)!r}, '
                                   f"but for {', '.join(map(_dtype_name, _DTYPES))}")
 
-# %% ../nbs/03_functional.ipynb #1806c377
+# %% ../nbs/03_functional.ipynb #8622b199
 def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups, data_format,
                  output_padding=None):
     "What all six functions do: check everything, then run; `output_padding` marks a transposed one."
@@ -45,7 +45,7 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     if input.size == 0:
         return mx.zeros(g.output_shape if batched else g.output_shape[1:], input.dtype)
     y = convolve(input if batched else input[None], weight, g)
-    if bias is not None: y = y + (bias if channels_last else bias.reshape(-1, *(1,) * n))
+    if bias is not None: y = add_bias(y, bias, channels_last)
     return y if batched else y[0]
 
 # %% ../nbs/03_functional.ipynb #c9f46c08

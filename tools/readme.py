@@ -17,6 +17,7 @@ NOTE = "<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->\n\n
 def readme():
     "The text of README.md."
     nb = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4)
+    nb.metadata["language_info"] = {"name": "python"}
     nb.cells = [cell for cell in nb.cells if not cell.source.startswith("#| hide")]
     for cell in nb.cells: cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
     text, _ = MarkdownExporter().from_notebook_node(nb)
