@@ -130,7 +130,7 @@ def __setitem__(self: _Lazy, key, value):
     self.in_channels = first if self.transposed else second * self.groups
     self.__class__ = self.cls_to_become
 
-# %% ../nbs/07_lazy.ipynb #2ff55727
+# %% ../nbs/07_lazy.ipynb #c0387ab5
 @patch
 def items(self: _Lazy):
     "Refused: a walk over the parameters would miss those that don't exist yet."
@@ -139,9 +139,17 @@ def items(self: _Lazy):
                        "flashconv.materialize(model, *inputs) on the model first.")
 
 @patch
-def children(self: _Lazy) -> dict:
-    "None: what looks for modules may pass."
-    return {}
+def parameters(self: _Lazy) -> dict: self.items()
+
+@patch
+def trainable_parameters(self: _Lazy) -> dict: self.items()
+
+# %% ../nbs/07_lazy.ipynb #6047d685
+@patch
+def filter_and_map(self: _Lazy, filter_fn, map_fn=None, is_leaf_fn=None) -> dict:
+    "The entries of this layer that `filter_fn` keeps, waiting ones included."
+    kept = {key: value for key, value in dict.items(self) if filter_fn(self, key, value)}
+    return {key: map_fn(value) for key, value in kept.items()} if map_fn else kept
 
 # %% ../nbs/07_lazy.ipynb #441c8b2d
 @patch
