@@ -72,9 +72,11 @@ def _weight_shape(self: _ConvNd, in_channels):
     check_limit(shape)
     return shape
 
-# %% ../nbs/04_base.ipynb #227ed1af
+# %% ../nbs/04_base.ipynb #449a3dd0
 _PADDINGS = ("same", "valid")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+def _listed(names): return "{" + ", ".join(map(repr, names)) + "}"
 
 def _check(in_channels, out_channels, groups, stride, padding, padding_mode):
     for wrong, message in (
@@ -86,12 +88,13 @@ def _check(in_channels, out_channels, groups, stride, padding, padding_mode):
             raise ValueError(f"{message}, but got in_channels={in_channels} "
                              f"out_channels={out_channels} groups={groups}")
     if isinstance(padding, str) and padding not in _PADDINGS:
-        raise ValueError(f"Invalid padding string {padding!r}, should be one of {set(_PADDINGS)}")
+        raise ValueError(f"Invalid padding string {padding!r}, should be one of "
+                         f"{_listed(_PADDINGS)}")
     if padding == "same" and any(s != 1 for s in stride):
         raise ValueError("padding='same' is not supported for strided convolutions, but got "
                          f"stride={stride}")
     if padding_mode not in _PADDING_MODES:
-        raise ValueError(f"padding_mode must be one of {set(_PADDING_MODES)}, but got "
+        raise ValueError(f"padding_mode must be one of {_listed(_PADDING_MODES)}, but got "
                          f"padding_mode={padding_mode!r}")
 
 # %% ../nbs/04_base.ipynb #110f489d

@@ -27,10 +27,10 @@ def _check_dtypes(name, input, weight, bias):
         raise NotImplementedError(f'"{name}" not implemented for {_dtype_name(input.dtype)!r}, '
                                   f"but for {', '.join(map(_dtype_name, _DTYPES))}")
 
-# %% ../nbs/03_functional.ipynb #8622b199
+# %% ../nbs/03_functional.ipynb #8bba046a
 def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups, data_format,
                  output_padding=None):
-    "What all six functions do: check everything, then run; `output_padding` marks a transposed one."
+    "What all six functions do: check, then run. `output_padding` marks a transposed one."
     check_array(name, "input", input)
     check_array(name, "weight", weight)
     if bias is not None: check_array(name, "bias", bias)

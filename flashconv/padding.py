@@ -56,7 +56,7 @@ def pad_axes(
     grow = [tuple(max(a, 0) for a in amounts.get(axis, (0, 0))) for axis in range(x.ndim)]
     return mx.pad(x, grow, constant_values=mx.array(value, x.dtype)) if any(map(any, grow)) else x
 
-# %% ../nbs/01_padding.ipynb #b4ca87a7
+# %% ../nbs/01_padding.ipynb #daf22b29
 _MODES = ("constant", "reflect", "replicate", "circular")
 
 def _check_pad(shape, amounts, mode, value):
@@ -65,7 +65,8 @@ def _check_pad(shape, amounts, mode, value):
     axes, n = len(amounts) // 2, len(shape)
     if axes > n:
         raise RuntimeError("Padding length should be less than or equal to two times the input "
-                           f"dimension but got padding length {2 * axes} and input of dimension {n}")
+                           f"dimension but got padding length {2 * axes} and input of dimension "
+                           f"{n}")
     if mode not in _MODES:
         raise NotImplementedError(f"Unrecognised padding mode {mode}, should be one of {_MODES}")
     if mode == "constant": return
@@ -76,11 +77,12 @@ def _check_pad(shape, amounts, mode, value):
             "combinations for non-constant padding: size 2 for 2D or 3D, 4 for 3D or 4D, 6 for 4D "
             "or 5D input")
 
-# %% ../nbs/01_padding.ipynb #ccfe46a8
+# %% ../nbs/01_padding.ipynb #39d3bd33
 def _check_axis(shape, axis, before, after, mode):
     "The rules for the amounts on one axis."
     n = shape[axis]
-    if n + before + after < 0 or n + min(before, 0) + min(after, 0) < 0:
+    cropped = n + min(before, 0) + min(after, 0)
+    if (n + before + after if mode in ("reflect", "replicate") else cropped) < 0:
         raise RuntimeError(f"The input size {n}, plus negative padding {before} and {after}, "
                            "resulted in a negative output size, which is invalid. Check dimension "
                            f"{axis} of your input.")
@@ -88,7 +90,7 @@ def _check_axis(shape, axis, before, after, mode):
         raise RuntimeError("Argument #4: Padding size should be less than the corresponding input "
                            f"dimension, but got: padding ({before}, {after}) at dimension {axis} "
                            f"of input {list(shape)}")
-    if mode == "circular" and max(before, after) > n + min(before, 0) + min(after, 0):
+    if mode == "circular" and max(before, after) > cropped:
         raise RuntimeError("Padding value causes wrapping around more than once. Got padding "
                            f"({before}, {after}) at dimension {axis} of input {list(shape)}")
     if mode == "replicate" and n == 0 and max(before, after) > 0:
@@ -103,7 +105,7 @@ def check_array(function: str, argument: str, value) -> None:
         raise TypeError(f"{function}(): argument '{argument}' must be mlx.core.array, not "
                         f"{type(value).__name__}; mx.array(...) converts numbers, lists and NumPy")
 
-# %% ../nbs/01_padding.ipynb #ae93464e
+# %% ../nbs/01_padding.ipynb #4e66643e
 def pad(
     input: mx.array,  # any shape for a constant, else (C, *spatial) or (N, C, *spatial)
     pad: tuple,  # two amounts per axis, the last axis first; a negative amount crops
@@ -125,7 +127,7 @@ def pad(
     last = is_channels_last(data_format)
     _check_pad(input.shape, amounts, mode, value)
     by_axis = _by_axis(input.shape, amounts, last)
-    for axis, (before, after) in by_axis.items(): _check_axis(input.shape, axis, before, after, mode)
+    for axis, amount in by_axis.items(): _check_axis(input.shape, axis, *amount, mode)
     return pad_axes(input, by_axis, mode, value or 0)
 
 # %% ../nbs/01_padding.ipynb #c114a5c9

@@ -84,7 +84,7 @@ def add_bias(
     if not channels_last: bias = bias.reshape(-1, *(1,) * (y.ndim - 2))
     return y + bias if y.size <= 256 * bias.size else _plus(y, bias)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #d48ce8f5
+# %% ../../nbs/algorithms/derivatives.ipynb #2476a69b
 @mx.custom_function
 def _plus(y, bias): return y + bias
 
@@ -92,10 +92,11 @@ def _plus(y, bias): return y + bias
 def _plus_vjp(primals, cotangent, output):
     y, bias = primals
     sums = mx.moveaxis(cotangent, y.ndim - bias.ndim, 0).reshape(bias.size, -1)
+    if bias.dtype in (mx.float16, mx.bfloat16): sums = sums.astype(mx.float32)
     while sums.shape[1] > 1:
         sums = mx.pad(sums, [(0, 0), (0, -sums.shape[1] % 64)])
         sums = sums.reshape(bias.size, -1, 64).sum(-1)
-    return cotangent, sums.reshape(bias.shape)
+    return cotangent, sums.reshape(bias.shape).astype(bias.dtype)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #a7baa22a
 def _batched(x, w, x_axis, w_axis, g):

@@ -55,14 +55,14 @@ def _finished(y, dtype, g):
     y = y.astype(dtype)
     return mx.moveaxis(y, 1, -1) if g.channels_last else y
 
-# %% ../../nbs/algorithms/taps.ipynb #bc6acf33
+# %% ../../nbs/algorithms/taps.ipynb #f48068d0
 def _summed(x, w, g):
     "A convolution: the weight is (groups, O/groups, C/groups, *kernel)."
     out = _outputs(g)
     x = pad_axes(x, {2 + axis: amounts for axis, amounts in enumerate(g.padding)})
-    steps = _slices(g.kernel_size, g.dilation, out, g.stride)
-    y = _added([_channel_products(w[(..., *tap)], x[where].reshape(len(x), g.groups, w.shape[2], -1))
-                for tap, where in steps])
+    shape = len(x), g.groups, w.shape[2], -1
+    y = _added([_channel_products(w[(..., *tap)], x[where].reshape(shape))
+                for tap, where in _slices(g.kernel_size, g.dilation, out, g.stride)])
     return y.reshape(len(x), -1, *out)
 
 # %% ../../nbs/algorithms/taps.ipynb #c3ced037
