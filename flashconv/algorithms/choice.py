@@ -15,20 +15,22 @@ from .native import native
 from .taps import places, taps
 from ..arithmetic import Geometry
 
-# %% ../../nbs/algorithms/choice.ipynb #258cd92e
+# %% ../../nbs/algorithms/choice.ipynb #12ecf67e
 def choose(
     g: Geometry,  # the checked call
     dtype: mx.Dtype,  # of input and weight
 ) -> Callable:  # algorithm(x, w, g)
-    "The algorithm for one call: `native`, `taps` or `places`."
+    "The algorithm for one call on MLX's default device: `native`, `taps` or `places`."
     out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
     n_taps, n_places = prod(g.kernel_size), prod(out)
-    plain = places if n_places < n_taps and not g.transposed else taps
+    fewer_places = n_places < n_taps and not g.transposed
+    plain, steps = (places, n_places) if fewer_places else (taps, n_taps)
     if dtype not in (mx.float32, mx.float16, mx.bfloat16): return plain
-    if len(g.stride) == 3 and g.groups > 1:
-        return plain if min(n_taps, n_places) <= g.groups else native
-    if g.transposed: return taps if max(g.stride) > 1 and n_taps <= _MOST_STEPS else native
-    return places if n_places < n_taps and n_places <= _MOST_STEPS else native
+    grouped, dilated = g.groups > 1, max(g.dilation) > 1
+    if grouped and len(g.stride) == 3: return plain if steps <= g.groups else native
+    loops = (grouped or dilated) and mx.default_device().type == mx.cpu
+    spread = g.transposed and max(g.stride) > 1
+    return plain if steps <= _MOST_STEPS and (fewer_places or loops or spread) else native
 
 # %% ../../nbs/algorithms/choice.ipynb #aa3e93ef
 _MOST_STEPS = 256  # a longer graph costs more than it saves

@@ -22,9 +22,10 @@ def _slices(firsts, first_step, counts, step):
         yield index, (..., *(slice(start, start + (n - 1) * s + 1, s)
                              for start, n, s in zip(starts, counts, step)))
 
-# %% ../../nbs/algorithms/taps.ipynb #df2c07b6
+# %% ../../nbs/algorithms/taps.ipynb #3fd96c9d
 def _channel_products(w, x):
     "`w @ x`, for integers too."
+    if x.shape[-2] == 1: return w * x
     if mx.issubdtype(x.dtype, mx.inexact): return w @ x
     return _added([w[..., c, None] * x[..., c, None, :] for c in range(x.shape[-2])])
 
