@@ -15,7 +15,7 @@ from .native import native
 from .taps import places, taps
 from ..arithmetic import Geometry
 
-# %% ../../nbs/algorithms/choice.ipynb #12ecf67e
+# %% ../../nbs/algorithms/choice.ipynb #0fe791fe
 def choose(
     g: Geometry,  # the checked call
     dtype: mx.Dtype,  # of input and weight
@@ -25,10 +25,9 @@ def choose(
     n_taps, n_places = prod(g.kernel_size), prod(out)
     fewer_places = n_places < n_taps and not g.transposed
     plain, steps = (places, n_places) if fewer_places else (taps, n_taps)
-    if dtype not in (mx.float32, mx.float16, mx.bfloat16): return plain
-    grouped, dilated = g.groups > 1, max(g.dilation) > 1
-    if grouped and len(g.stride) == 3: return plain if steps <= g.groups else native
-    loops = (grouped or dilated) and mx.default_device().type == mx.cpu
+    half = dtype in (mx.float16, mx.bfloat16)
+    if dtype != mx.float32 and not (half and len(g.stride) < 3): return plain
+    loops = max(g.groups, *g.dilation) > 1 and mx.default_device().type == mx.cpu
     spread = g.transposed and max(g.stride) > 1
     return plain if steps <= _MOST_STEPS and (fewer_places or loops or spread) else native
 

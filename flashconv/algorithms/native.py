@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['swap_channels', 'as_convolution', 'native']
 
-# %% ../../nbs/algorithms/native.ipynb #1a6a0f59
+# %% ../../nbs/algorithms/native.ipynb #ed13e3e9
 import mlx.core as mx
 
+from .taps import added
 from ..arithmetic import Geometry, effective_kernel_size
 from ..dilation import insert_zeros
 from ..padding import pad_axes
@@ -36,7 +37,19 @@ def as_convolution(
     w = swap_channels(w, g.groups)[(..., *[slice(None, None, -1)] * len(spans))]
     return x, w, tuple((max(a, 0), max(b, 0)) for a, b in amounts), (1,) * len(spans)
 
-# %% ../../nbs/algorithms/native.ipynb #d58bb5a5
+# %% ../../nbs/algorithms/native.ipynb #2dabf513
+def _by_depth(x, w, stride, padding, g):
+    "A 3d convolution of (N, D, H, W, C) as a sum of 2d ones over planes."
+    n, (out, *_) = len(x), g.output_shape[1:] if g.channels_last else g.output_shape[2:]
+    x, terms = pad_axes(x, {1: padding[0]}), []
+    for tap in range(g.kernel_size[0]):
+        start = tap * g.dilation[0]
+        planes = x[:, start : start + (out - 1) * stride[0] + 1 : stride[0]]
+        terms.append(mx.conv_general(mx.flatten(planes, 0, 1), w[:, tap], stride[1:],
+                                     tuple(zip(*padding[1:])), g.dilation[1:], groups=g.groups))
+    return mx.unflatten(added(terms), 0, (n, -1))
+
+# %% ../../nbs/algorithms/native.ipynb #bbdd7276
 def native(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -45,11 +58,9 @@ def native(
     "`mx.conv_general`, in float32, float16 and bfloat16."
     x, w, padding, stride = as_convolution(x, w, g)
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
-    blocks = g.groups if len(stride) == 3 else 1
-    ys = [mx.conv_general(xs, ws, stride, tuple(zip(*padding)), g.dilation,
-                          groups=g.groups // blocks)
-          for xs, ws in zip(mx.split(x, blocks, -1), mx.split(mx.moveaxis(w, 1, -1), blocks, 0))]
-    y = mx.concatenate(ys, -1) if blocks > 1 else ys[0]
+    w = mx.moveaxis(w, 1, -1)
+    if len(stride) == 3: y = _by_depth(x, w, stride, padding, g)
+    else: y = mx.conv_general(x, w, stride, tuple(zip(*padding)), g.dilation, groups=g.groups)
     out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
     if y.shape[1:-1] != out: y = y[(slice(None), *map(slice, out))]
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
