@@ -250,7 +250,7 @@ def _conv_sizes(spatial, kernel, stride, padding, dilation):
     check_limit(padded)
     return output_size(padded, kernel, stride, 0, dilation)
 
-# %% ../nbs/00_arithmetic.ipynb #8bad5697
+# %% ../nbs/00_arithmetic.ipynb #8b78a950
 def _transposed_sizes(spatial, kernel, stride, padding, dilation, output_padding):
     "Output sizes of a transposed convolution, or the error that PyTorch raises for them."
     if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation)):
@@ -262,7 +262,8 @@ def _transposed_sizes(spatial, kernel, stride, padding, dilation, output_padding
     if min(sizes) <= 0:
         raise RuntimeError(f"Given input size per channel: {_text(spatial)}. Calculated output "
                            f"size per channel: {_text(sizes)}. Output size is too small")
-    check_limit(transposed_output_size(spatial, kernel, stride, 0, output_padding, dilation))
+    longest = tuple(i + (i > 1) for i in spatial)  # the last value is spread out as well
+    check_limit(transposed_output_size(longest, kernel, stride, 0, output_padding, dilation))
     return sizes
 
 # %% ../nbs/00_arithmetic.ipynb #226eb9df

@@ -27,7 +27,7 @@ def _check_dtypes(name, input, weight, bias):
         raise NotImplementedError(f'"{name}" not implemented for {_dtype_name(input.dtype)!r}, '
                                   f"but for {', '.join(map(_dtype_name, _DTYPES))}")
 
-# %% ../nbs/03_functional.ipynb #8bba046a
+# %% ../nbs/03_functional.ipynb #8037fa3b
 def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups, data_format,
                  output_padding=None):
     "What all six functions do: check, then run. `output_padding` marks a transposed one."
@@ -35,8 +35,9 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     check_array(name, "weight", weight)
     if bias is not None: check_array(name, "bias", bias)
     channels_last = is_channels_last(data_format)
-    if output_padding is not None: output_padding = as_ints(output_padding, n, "output_padding")
     if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
+    if isinstance(groups, (tuple, list)):
+        raise TypeError(f"{name}(): argument 'groups' must be int, not {type(groups).__name__}")
     g = conv_geometry(name, input.shape, weight.shape, None if bias is None else bias.shape,
                       as_ints(stride, n, "stride"), padding, as_ints(dilation, n, "dilation"),
                       as_ints(groups, 1, "groups")[0], output_padding, channels_last)
@@ -67,7 +68,7 @@ def _conv(n):
     name = f"conv{n}d"
     return _named(conv, name, f"Convolution over {n} {'axis' if n == 1 else 'axes'}")
 
-# %% ../nbs/03_functional.ipynb #40fa59a7
+# %% ../nbs/03_functional.ipynb #f600448a
 def _conv_transpose(n):
     "The public transposed convolution over `n` axes."
     def conv_transpose(
@@ -84,6 +85,7 @@ def _conv_transpose(n):
     ) -> mx.array:  # (N, out_channels, *spatial), unbatched as the input is
         if isinstance(padding, str):
             raise TypeError(f"{name}(): argument 'padding' must be tuple of ints, not str")
+        output_padding = as_ints(output_padding, n, "output_padding")
         return _convolution(name, n, input, weight, bias, stride, padding, dilation, groups,
                             data_format, output_padding)
     name = f"conv_transpose{n}d"

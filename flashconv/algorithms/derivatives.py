@@ -98,20 +98,22 @@ def _plus_vjp(primals, cotangent, output):
         sums = sums.reshape(bias.size, -1, 64).sum(-1)
     return cotangent, sums.reshape(bias.shape).astype(bias.dtype)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #a7baa22a
+# %% ../../nbs/algorithms/derivatives.ipynb #03832e55
 def _batched(x, w, x_axis, w_axis, g):
     "One convolution that does the work of many; what they are many of comes first in the result."
+    many = w.shape[w_axis] if x_axis is None else x.shape[x_axis]
+    if many == 0: return mx.zeros((0, *g.output_shape), x.dtype)
     if x_axis is not None: x = mx.moveaxis(x, x_axis, 0)
     if w_axis is not None: w = mx.moveaxis(w, w_axis, 0)
     shape, channels = list(g.output_shape), len(g.output_shape) - 1 if g.channels_last else 1
     if w_axis is None:
-        shape[0] *= len(x)
+        shape[0] *= many
         y = convolve(mx.flatten(x, 0, 1), w, replace(g, output_shape=tuple(shape)))
-        return mx.unflatten(y, 0, (len(x), -1))
-    shape[channels] *= len(w)
+        return mx.unflatten(y, 0, (many, -1))
+    shape[channels] *= many
     x, wide, groups, blocks = _side_by_side(x, w, g, channels, x_axis is not None)
     y = convolve(x, wide, replace(g, groups=groups, output_shape=tuple(shape)))
-    y = mx.moveaxis(mx.unflatten(y, channels, (blocks, len(w), -1)), channels + 1, 0)
+    y = mx.moveaxis(mx.unflatten(y, channels, (blocks, many, -1)), channels + 1, 0)
     return mx.flatten(y, channels + 1, channels + 2)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #e7af5ee0
