@@ -11,6 +11,8 @@ import torch
 
 import flashconv as fc
 import flashconv.functional as F
+from flashconv.algorithms import choice, derivatives
+from flashconv.algorithms.native import native
 
 NAMES = [f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)]
 SIZES = {1: (6,), 2: (6, 5), 3: (6, 5, 5)}
@@ -39,6 +41,13 @@ def build(name, options, dtype=mx.float32, data_format="channels_first"):
     return [oracle.draw(rng, s, dtype) for s in shapes], ours, theirs
 
 
+@pytest.fixture(params=("chosen", "native"))
+def algorithm(request, monkeypatch):
+    "The algorithms chosen here, and then the one with rules of its own, which GPUs are given."
+    def choose(g, dtype): return native if dtype == mx.float32 else choice.choose(g, dtype)
+    if request.param == "native": monkeypatch.setattr(derivatives, "choose", choose)
+
+
 def our_gradient(f, i):
     "The `i`th gradient of `f(x, w, b)` as a function of `x`, `w`, `b` and the cotangent."
     return lambda x, w, b, c: mx.vjp(f, [x, w, b], [c])[1][i]
@@ -58,7 +67,7 @@ def their_gradient(f, i):
 @pytest.mark.parametrize("data_format", ("channels_first", "channels_last"))
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_second_derivatives(name, options, data_format, dtype, of):
+def test_second_derivatives(name, options, data_format, dtype, of, algorithm):
     "The gradients of each gradient, by everything that it depends on: PyTorch's double backward."
     arrays, ours, theirs = build(name, options, dtype, data_format)
     y = ours(*arrays)
@@ -121,7 +130,7 @@ def looped(f, axes, out=0):
 @pytest.mark.parametrize("axes", AXES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_vmap(name, options, axes):
+def test_vmap(name, options, axes, algorithm):
     "Over inputs, weights, biases and any of them together, at any axis; and the gradients of it."
     arrays, ours, theirs = build(name, options)
     oracle.check(mx.vmap(ours, in_axes=axes), looped(theirs, axes), many(arrays, axes))
@@ -153,7 +162,7 @@ def test_vmap_out_axes(name, out):
                                   (None, None, None, 0)), ids=str)
 @pytest.mark.parametrize("options", ("strided", "all", "many places"))
 @pytest.mark.parametrize("name", NAMES)
-def test_vmap_of_gradients(name, options, axes, of):
+def test_vmap_of_gradients(name, options, axes, of, algorithm):
     "Per-example gradients: vmap of the vjp, and its gradients in turn."
     arrays, ours, theirs = build(name, options)
     c = oracle.draw(np.random.default_rng(1), ours(*arrays).shape)
@@ -168,7 +177,7 @@ def test_vmap_of_gradients(name, options, axes, of):
 ], ids=str)
 @pytest.mark.parametrize("options", ("plain", "all"))
 @pytest.mark.parametrize("name", NAMES)
-def test_nested_vmap(name, options, inner, outer):
+def test_nested_vmap(name, options, inner, outer, algorithm):
     "vmap of vmap, every input with every weight and pairwise, with gradients."
     arrays, ours, theirs = build(name, options)
     arrays = many(many(arrays, inner, 2), outer, 3)
