@@ -26,11 +26,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo-installed: $(METADATA) | $(BIN)/python
-	$(BIN)/python -m pip install -q -e ".[cpu]"
+	$(BIN)/python -m pip install -q -e ".[cpu,openblas]"
 	touch $@
 
 # PyTorch on its own first: the tests judge by this version, whatever newer one there is.
 $(VENV)/test-installed: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[cpu,dev,torch]"
+	$(BIN)/python -m pip install -q -e ".[cpu,openblas,dev,torch]"
 	touch $@

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from flashconv import functional
+from flashconv import blas, functional
 from flashconv.base import _ConvNd
 from flashconv.conv import Conv1d, Conv2d, Conv3d
 from flashconv.convert import from_mlx, from_torch, to_mlx, to_torch
@@ -12,8 +12,10 @@ from flashconv.lazy import (
 from flashconv.transposed import (
     ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _ConvTransposeNd)
 
+blas.load()  # a fast one, on Linux CPUs, whether or not MLX was imported before
+
 __all__ = [
-    "functional", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
+    "blas", "functional", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
     "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d", "LazyConvTranspose1d",
     "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "from_torch", "to_torch",
     "from_mlx", "to_mlx", "_ConvNd", "_ConvTransposeNd"]
