@@ -181,7 +181,7 @@ def _make(library):
             return name, max(1, loaded[function]()) if "thread" in function.lower() else None
     return ("Netlib", 1) if "libblas" in Path(library).name else (Path(library).name, None)
 
-# %% ../nbs/10_blas.ipynb #9810a191
+# %% ../nbs/10_blas.ipynb #93a44063
 def _in_use():
     "The library that MLX's products run in; None where there is no table."
     for name, slot in _slots()[:1]:
@@ -191,6 +191,11 @@ def _in_use():
 
 def fast() -> bool:
     "Whether MLX's products on the CPU run in anything but a reference BLAS."
+    return _is_fast(*(slot.value for _, slot in _slots()[:1]))
+
+@lru_cache(maxsize=16)
+def _is_fast(*address):
+    "The same, asked once for each address that the table has held."
     library = _in_use()
     if library is None or _make(library)[0] in _TUNED.values(): return True
     return library != _owner(_own()[_ROUTINES[0]])

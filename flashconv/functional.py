@@ -27,7 +27,7 @@ def _check_dtypes(name, input, weight, bias):
         raise NotImplementedError(f'"{name}" not implemented for {_dtype_name(input.dtype)!r}, '
                                   f"but for {', '.join(map(_dtype_name, _DTYPES))}")
 
-# %% ../nbs/03_functional.ipynb #8037fa3b
+# %% ../nbs/03_functional.ipynb #f22a6623
 def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups, data_format,
                  output_padding=None):
     "What all six functions do: check, then run. `output_padding` marks a transposed one."
@@ -45,7 +45,7 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     batched = input.ndim == n + 2
     if input.size == 0:
         return mx.zeros(g.output_shape if batched else g.output_shape[1:], input.dtype)
-    y = convolve(input if batched else input[None], weight, g)
+    y = convolve(input if batched else input[None], weight, g, force=True)
     if bias is not None: y = add_bias(y, bias, channels_last)
     return y if batched else y[0]
 

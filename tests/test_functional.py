@@ -9,6 +9,7 @@ import torch
 
 import flashconv.functional as F
 from flashconv.algorithms import derivatives
+from flashconv.algorithms.matmul import matmul
 from flashconv.algorithms.native import native
 from flashconv.algorithms.taps import places, taps
 
@@ -99,13 +100,14 @@ def test_pairs(name, options):
     oracle.check(ours, theirs, arrays)
 
 
-@pytest.mark.parametrize("algorithm", (native, taps, places), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("algorithm", (native, matmul, taps, places), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name, options", [
     case for case in CASES if case.values[1]["dtype"] == mx.float32
     and (case.values[1]["batch"], case.values[1]["bias"]) == (2, True)])
 def test_each_algorithm(name, options, algorithm, monkeypatch):
     "An algorithm in place of the choice, which on another device would have been another one."
-    def choose(g, dtype): return taps if algorithm is places and g.transposed else algorithm
+    def choose(g, *_):
+        return taps if algorithm in (matmul, places) and g.transposed else algorithm
     monkeypatch.setattr(derivatives, "choose", choose)
     arrays, ours, theirs = build(name, options)
     oracle.check(ours, theirs, arrays)

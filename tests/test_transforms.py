@@ -44,7 +44,8 @@ def build(name, options, dtype=mx.float32, data_format="channels_first"):
 @pytest.fixture(params=("chosen", "native"))
 def algorithm(request, monkeypatch):
     "The algorithms chosen here, and then the one with rules of its own, which GPUs are given."
-    def choose(g, dtype): return native if dtype == mx.float32 else choice.choose(g, dtype)
+    def choose(g, shape, dtype, force=False):
+        return native if dtype == mx.float32 else choice.choose(g, shape, dtype, force)
     if request.param == "native": monkeypatch.setattr(derivatives, "choose", choose)
 
 

@@ -5,36 +5,49 @@
 # %% auto #0
 __all__ = ['convolve', 'input_gradient', 'weight_gradient', 'add_bias']
 
-# %% ../../nbs/algorithms/derivatives.ipynb #c49d98cd
+# %% ../../nbs/algorithms/derivatives.ipynb #9ca754f4
 from dataclasses import replace
 from functools import lru_cache
 
 import mlx.core as mx
 
 from .choice import choose
-from .native import native
+from .native import as_convolution
 from ..arithmetic import Geometry, transposed_output_size
 
-# %% ../../nbs/algorithms/derivatives.ipynb #631dea5a
+# %% ../../nbs/algorithms/derivatives.ipynb #5f4e0064
 def convolve(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # everything else
+    force: bool = False,  # whether `with algorithm(...)` must be obeyed, or only where it can be
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "Run a checked convolution by the algorithm that is chosen for it."
-    algorithm = choose(g, x.dtype)
-    return _with_rules(g)(x, w) if algorithm is native else algorithm(x, w, g)
+    if g.transposed and max(g.stride) == 1: x, w, g = _turned(x, w, g)
+    algorithm = choose(g, w.shape, x.dtype, force)
+    for seen in _watchers: seen.append((algorithm, x, w, g))
+    if not mx.issubdtype(x.dtype, mx.inexact): return algorithm(x, w, g)
+    return _with_rules(algorithm, g)(x, w)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #49d98037
+_watchers = []  # lists that `explain` has open
+
+# %% ../../nbs/algorithms/derivatives.ipynb #85c6402f
+def _turned(x, w, g):
+    "A transposed convolution of stride 1 as a convolution."
+    x, w, padding, _ = as_convolution(x, w, g)
+    zeros = (0,) * len(g.stride)
+    return x, w, replace(g, transposed=False, padding=padding, output_padding=zeros)
+
+# %% ../../nbs/algorithms/derivatives.ipynb #18f90e7c
 @lru_cache(maxsize=4096)
-def _with_rules(g):
-    "`native` as a function of two arrays that MLX differentiates and batches by our rules."
+def _with_rules(algorithm, g):
+    "An algorithm as a function of two arrays that MLX differentiates and batches by our rules."
     @mx.custom_function
-    def run(x, w): return native(x, w, g)
+    def run(x, w): return algorithm(x, w, g)
 
     @run.vjp
     def _(primals, cotangent, output):
-        x, w = primals
+        x, w = map(mx.conj, primals) if output.dtype == mx.complex64 else primals
         return input_gradient(cotangent, w, g, x.shape), weight_gradient(x, cotangent, g)
 
     @run.vmap
