@@ -3,6 +3,8 @@
 __version__ = "0.1.0"
 
 from flashconv import blas, functional
+from flashconv.algorithms.choice import algorithm
+from flashconv.algorithms.explain import explain, tune
 from flashconv.base import _ConvNd
 from flashconv.conv import Conv1d, Conv2d, Conv3d
 from flashconv.convert import from_mlx, from_torch, to_mlx, to_torch
@@ -18,4 +20,4 @@ __all__ = [
     "blas", "functional", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
     "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d", "LazyConvTranspose1d",
     "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "from_torch", "to_torch",
-    "from_mlx", "to_mlx", "_ConvNd", "_ConvTransposeNd"]
+    "from_mlx", "to_mlx", "algorithm", "explain", "tune", "_ConvNd", "_ConvTransposeNd"]
