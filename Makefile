@@ -1,4 +1,4 @@
-# make demo | make test | make readme | make clean
+# make demo | make test | make bench | make readme | make clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,13 +8,16 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo test readme clean
+.PHONY: demo test bench readme clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python -m flashconv $(PICTURE)
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q -n auto
+
+bench: $(VENV)/bench-installed
+	$(BIN)/python benchmarks/layers.py $(BENCH)
 
 readme: $(VENV)/test-installed
 	$(BIN)/python tools/readme.py
@@ -33,4 +36,9 @@ $(VENV)/demo-installed: $(METADATA) | $(BIN)/python
 $(VENV)/test-installed: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e ".[cpu,openblas,dev,torch]"
+	touch $@
+
+$(VENV)/bench-installed: $(METADATA) | $(BIN)/python
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[cpu,openblas,torch]"
 	touch $@

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 import flashconv.functional as F
-from flashconv.algorithms import derivatives
-from flashconv.algorithms.matmul import matmul
-from flashconv.algorithms.native import native
-from flashconv.algorithms.taps import places, taps
+from flashconv.algorithms.choice import ALGORITHMS, algorithm
 
 NAMES = [f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)]
 SHARED = {
@@ -100,17 +97,17 @@ def test_pairs(name, options):
     oracle.check(ours, theirs, arrays)
 
 
-@pytest.mark.parametrize("algorithm", (native, matmul, taps, places), ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name, options", [
-    case for case in CASES if case.values[1]["dtype"] == mx.float32
-    and (case.values[1]["batch"], case.values[1]["bias"]) == (2, True)])
-def test_each_algorithm(name, options, algorithm, monkeypatch):
-    "An algorithm in place of the choice, which on another device would have been another one."
-    def choose(g, *_):
-        return taps if algorithm in (matmul, places) and g.transposed else algorithm
-    monkeypatch.setattr(derivatives, "choose", choose)
+@pytest.mark.parametrize("forced", ALGORITHMS)
+@pytest.mark.parametrize("name, options", CASES)
+def test_each_algorithm(name, options, forced):
+    "The same with an algorithm forced, for which another device or shape might be the place."
     arrays, ours, theirs = build(name, options)
-    oracle.check(ours, theirs, arrays)
+    with algorithm(forced):
+        try: ours(*arrays)
+        except ValueError as error:
+            assert f"{forced!r} is not defined for this call; possible: " in str(error)
+            return
+        oracle.check(ours, theirs, arrays)
 
 
 SUBSET = [{}, {"stride": (2, 1, 3), "padding": 1}, {"dilation": 2, "groups": 2},

@@ -1,0 +1,215 @@
+"""What a run found: the floors it is held to, a table and a picture.
+
+A ratio compares minima: other work on the machine only ever adds to a time.
+"""
+import json
+from math import exp, log
+from typing import NamedTuple
+
+FORMATS = "flashconv", "flashconv channels_last"
+STOCK, NATIVE_FAST, NATIVE = "flashconv, stock BLAS", "mlx.nn, fast BLAS", "mlx.nn"
+TORCH = "PyTorch", "PyTorch channels_last"
+NAMES = {"forward": "forward", "gradients": "forward and both gradients"}
+GEMM = "dense", "strided", "dilated", "transposed"
+
+
+class Floor(NamedTuple):
+    "A promise, and the figure that keeps or misses it; None if no row was there to tell."
+    text: str
+    figure: float | None
+    bound: float
+    at_least: bool  # or else at most
+    where: str = ""  # the row that decides
+
+    @property
+    def verdict(self):
+        if self.figure is None: return "not measured"
+        kept = self.figure >= self.bound if self.at_least else self.figure <= self.bound
+        return "OK" if kept else "missed"
+
+    @property
+    def cells(self):
+        "Its line in a table, see `summary`."
+        figure = "" if self.figure is None else f"{self.figure:.2f}"
+        wanted = f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
+        return self.verdict, figure, wanted, self.text, self.where
+
+
+# The floors -----------------------------------------------------------------------------------
+
+def time(row, which, names):
+    "The least time of the best of these competitors, in ms; None if none could run."
+    cells = (row["passes"][which][name] for name in names)
+    return min((cell["min"] for cell in cells if "min" in cell), default=None)
+
+
+def ratios(rows, which, above, below):
+    "row name -> time of `above` over time of `below`, where both could run."
+    pairs = ((row["name"], time(row, which, above), time(row, which, below)) for row in rows)
+    return {name: a / b for name, a, b in pairs if a and b}
+
+
+def mean(text, found, bound, at_least):
+    "A floor for the geometric mean."
+    figure = exp(sum(map(log, found.values())) / len(found)) if found else None
+    return Floor(f"{text}: geometric mean of {len(found)} rows", figure, bound, at_least)
+
+
+def worst(text, found, bound, at_least):
+    "A floor for every single row."
+    row = (min if at_least else max)(found, key=found.get, default="")
+    return Floor(f"{text}: worst row", found.get(row), bound, at_least, row)
+
+
+def floors(rows):
+    "All floors, on the rows there are."
+    full = [row for row in rows if row["kind"] != "tiny"]
+    for which in NAMES:
+        for ours in FORMATS: yield from against_native(full, which, ours)
+        yield from on_stock(full, which)
+        for ours in FORMATS: yield from against_torch(full, which, ours)
+        tiny = [row for row in rows if row["kind"] == "tiny"]
+        found = ratios(tiny, which, FORMATS[:1], [NATIVE_FAST])
+        yield worst(f"{NAMES[which]}: tiny layer's time over mlx.nn's", found, 1.3, False)
+        yield worst(f"{NAMES[which]}: MiB of workspace", workspaces(rows, which), 64, False)
+
+
+def against_native(rows, which, ours):
+    same = ratios(rows, which, [NATIVE_FAST], [ours])
+    stock = ratios(rows, which, [NATIVE], [ours])
+    start = f"{NAMES[which]}: {ours}'s speed over mlx.nn's"
+    yield mean(f"{start}, same BLAS", same, 5 if which == "forward" else 6, True)
+    yield worst(f"{start}, same BLAS", same, 0.95, True)
+    yield mean(f"{start} on the stock BLAS", stock, 20, True)
+
+
+def on_stock(rows, which):
+    found = ratios(rows, which, [NATIVE], [STOCK])
+    start = f"{NAMES[which]}: speed over mlx.nn's, both on the stock BLAS"
+    yield mean(start, found, 3, True)
+    yield worst(start, found, 1.1, True)
+
+
+def against_torch(rows, which, ours):
+    start = f"{NAMES[which]}: {ours}'s time over PyTorch's better format"
+    found = ratios(rows, which, [ours], TORCH)
+    yield mean(start, found, 2 if which == "forward" else 2.5, False)
+    for kinds, bound, what in ((GEMM, 4, "dense, strided, dilated, transposed"),
+                               (("few taps",), 10, "depthwise with few taps"),
+                               (("long",), 1, "long kernels")):
+        some = {row["name"]: found[row["name"]] for row in rows
+                if row["kind"] in kinds and row["name"] in found}
+        yield worst(f"{start}, {what}", some, bound, False)
+
+
+def workspaces(rows, which):
+    "row and competitor -> MiB that flashconv needs beyond input, weight and outputs."
+    cells = ((row["name"], name, row["passes"][which][name]["workspace"])
+             for row in rows for name in (*FORMATS, STOCK))
+    return {f"{row} ({name})": size / 2**20 for row, name, size in cells if size is not None}
+
+
+# The files ------------------------------------------------------------------------------------
+
+def write(found, data, table, picture):
+    "The JSON, the Markdown and the SVG."
+    for path in (data, table, picture): path.parent.mkdir(parents=True, exist_ok=True)
+    data.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    table.write_text(markdown(found), encoding="utf-8")
+    draw(found["rows"], picture)
+
+
+def summary(found):
+    "The floors as a Markdown table that is aligned for a terminal, too."
+    lines = [("", "figure", "floor", "of", "decided by")]
+    lines += [Floor(**floor).cells for floor in found["floors"]]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def markdown(found):
+    "Where it ran, the times, the workspace and the floors."
+    m = found["machine"]
+    parts = [
+        "# Times of convolution layers",
+        f"{m['date'][:10]}, {m['cpu']}, {m['cores']} cores (load {m['load'][0]:.1f} before, "
+        f"{m['load_after'][0]:.1f} after), {m['platform']}. flashconv {m['flashconv']}, MLX "
+        f"{m['mlx']}, PyTorch {m['torch']} on {m['torch_threads']} threads.",
+        "\n".join(f"- {name} BLAS: {text}" for name, text in m["blas"].items()),
+        f"Milliseconds: median (minimum) of up to {found['rounds']} interleaved rounds; *once* "
+        "is a single run, in a process of its own. float32 where a row names no other."]
+    for which, name in NAMES.items():
+        parts += [f"## {name.capitalize()}", grid(found["rows"], which, cell_time)]
+    parts += ["## Workspace", "MiB at the peak beyond input, weight and outputs; PyTorch doesn't "
+              "tell. Forward / forward and both gradients:", grid(found["rows"], None, cell_sizes)]
+    parts += ["## Floors", summary(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def grid(rows, which, cell):
+    "A Markdown table of rows by competitors."
+    names = list(rows[0]["passes"]["forward"])
+    if which is None: names = [name for name in names if name not in TORCH]
+    lines = [["layer", *names], ["---", *["---:"] * len(names)]]
+    lines += [[row["name"], *(cell(row, which, name) for name in names)] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell_time(row, which, name):
+    cell = row["passes"][which][name]
+    if "min" not in cell: return cell["note"]
+    if cell["samples"] == 1: return f"{number(cell['min'])} {cell['note']}"
+    return f"{number(cell['median'])} ({number(cell['min'])})"
+
+
+def cell_sizes(row, _, name):
+    sizes = [row["passes"][which][name]["workspace"] for which in NAMES]
+    return " / ".join("-" if size is None else number(size / 2**20) for size in sizes)
+
+
+def number(value):
+    "Three digits, and no exponent."
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}" if value >= 0.1 else f"{value:.3f}"
+
+
+# The picture ----------------------------------------------------------------------------------
+
+MARKS = (  # label, competitors of which the best counts, marker, colour (Okabe and Ito)
+    ("mlx.nn as installed", (NATIVE,), "s", "#D55E00"),
+    ("mlx.nn, fast BLAS", (NATIVE_FAST,), "o", "#E69F00"),
+    ("flashconv, stock BLAS", (STOCK,), "x", "#000000"),
+    ("PyTorch, better format", TORCH, "D", "#0072B2"))
+
+
+def draw(rows, path):
+    "Every competitor's time over flashconv's, a line a row."
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    plt.rcParams.update({"svg.hashsalt": "flashconv", "font.size": 9})
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(10, 1.6 + 0.27 * len(rows)),
+                                  layout="constrained")
+    for panel, which in zip(panels, NAMES): draw_panel(panel, rows, which)
+    panels[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    panels[0].set_ylim(len(rows) - 0.4, -0.6)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center",
+                  ncols=len(MARKS), frameon=False)
+    figure.supxlabel("time over flashconv's: to the right, flashconv is faster", fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_panel(panel, rows, which):
+    places = {row["name"]: place for place, row in enumerate(rows)}
+    for label, names, marker, colour in MARKS:
+        found = ratios(rows, which, names, FORMATS[:1])
+        panel.plot(list(found.values()), [places[name] for name in found], marker, color=colour,
+                   label=label, markersize=5, clip_on=False)
+    panel.axvline(1, color="0.4", linewidth=1)
+    panel.set_xscale("log")
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    panel.set_title(NAMES[which].capitalize(), fontsize=10)
+    panel.grid(axis="both", color="0.9", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,96 @@
+"""What is measured: one row a layer, as data."""
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    "A convolution without bias, and the input it is given."
+    name: str
+    kind: str  # the class that a floor may be set for, see report.py
+    input_shape: tuple  # (N, in_channels, *spatial)
+    out_channels: int
+    kernel_size: tuple
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    transposed: bool = False
+    dtype: str = "float32"
+
+    @property
+    def axes(self):
+        "How many axes the kernel slides over."
+        return len(self.kernel_size)
+
+    @property
+    def layer(self):
+        "The layer's name, the same in PyTorch, mlx.nn and flashconv."
+        return f"Conv{'Transpose' if self.transposed else ''}{self.axes}d"
+
+    @property
+    def arguments(self):
+        "What the layer is built with; dilation and groups only where they are not 1."
+        options = {"stride": self.stride, "padding": self.padding, "bias": False}
+        if self.dilation > 1: options["dilation"] = self.dilation
+        if self.groups > 1: options["groups"] = self.groups
+        kernel_size = self.kernel_size if self.axes > 1 else self.kernel_size[0]
+        return (self.input_shape[1], self.out_channels, kernel_size), options
+
+    @property
+    def weight_shape(self):
+        "PyTorch's."
+        first, second = self.input_shape[1], self.out_channels
+        if not self.transposed: first, second = second, first
+        return (first, second // self.groups, *self.kernel_size)
+
+    @property
+    def output_shape(self):
+        "PyTorch's."
+        sizes = zip(self.input_shape[2:], self.kernel_size)
+        return (self.input_shape[0], self.out_channels, *(self._length(i, k) for i, k in sizes))
+
+    def _length(self, i, k):
+        span = self.dilation * (k - 1) + 1
+        if self.transposed: return (i - 1) * self.stride - 2 * self.padding + span
+        return (i + 2 * self.padding - span) // self.stride + 1
+
+
+ROWS = (
+    Row("7x7 s2, 3->64 @224", "strided", (1, 3, 224, 224), 64, (7, 7), stride=2, padding=3),
+    Row("3x3, 64 @56", "dense", (1, 64, 56, 56), 64, (3, 3), padding=1),
+    Row("3x3, 64 @56, N=4", "dense", (4, 64, 56, 56), 64, (3, 3), padding=1),
+    Row("3x3 s2, 64->128 @56", "strided", (1, 64, 56, 56), 128, (3, 3), stride=2, padding=1),
+    Row("1x1, 256->64 @56", "dense", (1, 256, 56, 56), 64, (1, 1)),
+    Row("3x3, 512 @7", "dense", (1, 512, 7, 7), 512, (3, 3), padding=1),
+    Row("7x7, 32 @56", "dense", (1, 32, 56, 56), 32, (7, 7), padding=3),
+    Row("1d K=3, 80->384, L=3000", "dense", (1, 80, 3000), 384, (3,), padding=1),
+    Row("1d K=64, 64 ch, L=8192", "dense", (1, 64, 8192), 64, (64,), padding=32),
+    Row("3x3x3, 32 @8x28x28", "dense", (1, 32, 8, 28, 28), 32, (3, 3, 3), padding=1),
+    Row("3x3 d2, 64 @56", "dilated", (1, 64, 56, 56), 64, (3, 3), padding=2, dilation=2),
+    Row("3x3 d6, 128 @33", "dilated", (1, 128, 33, 33), 128, (3, 3), padding=6, dilation=6),
+    Row("transposed k2 s2, 128->64 @28", "transposed", (1, 128, 28, 28), 64, (2, 2), stride=2,
+        transposed=True),
+    Row("transposed k4 s2, 256->128 @8, N=4", "transposed", (4, 256, 8, 8), 128, (4, 4), stride=2,
+        padding=1, transposed=True),
+    Row("3x3 g32, 128 @56", "grouped", (1, 128, 56, 56), 128, (3, 3), padding=1, groups=32),
+    Row("depthwise 3x3, 128 @56", "few taps", (1, 128, 56, 56), 128, (3, 3), padding=1,
+        groups=128),
+    Row("depthwise 3x3, 128 @56, N=8", "few taps", (8, 128, 56, 56), 128, (3, 3), padding=1,
+        groups=128),
+    Row("depthwise 3x3x3, 32 @8x28x28", "few taps", (1, 32, 8, 28, 28), 32, (3, 3, 3), padding=1,
+        groups=32),
+    Row("depthwise 7x7, 96 @56", "many taps", (1, 96, 56, 56), 96, (7, 7), padding=3, groups=96),
+    Row("depthwise 31x31, 32 @56", "many taps", (1, 32, 56, 56), 32, (31, 31), padding=15,
+        groups=32),
+    Row("depthwise 1d K=128, 64 ch, L=8192", "long", (1, 64, 8192), 64, (128,), padding=64,
+        groups=64),
+    Row("depthwise 1d K=1024, 64 ch, L=8192", "long", (1, 64, 8192), 64, (1024,), padding=512,
+        groups=64),
+    # As long as the input, and padded for causality: a framework's user cuts the second half off.
+    Row("depthwise 1d K=8192, 16 ch, L=8192", "long", (1, 16, 8192), 16, (8192,), padding=8191,
+        groups=16),
+    *(Row(f"3x3, 64 @56, {dtype}", "dense", (1, 64, 56, 56), 64, (3, 3), padding=1, dtype=dtype)
+      for dtype in ("float16", "bfloat16", "complex64")),
+    Row("depthwise 3x3, 128 @56, float16", "few taps", (1, 128, 56, 56), 128, (3, 3), padding=1,
+        groups=128, dtype="float16"),
+    Row("tiny: 3x3, 8 @8", "tiny", (1, 8, 8, 8), 8, (3, 3), padding=1),
+)

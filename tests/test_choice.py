@@ -1,0 +1,125 @@
+"""The choice of an algorithm: forced, explained, tuned."""
+from functools import partial
+
+import mlx.core as mx
+import pytest
+
+import flashconv as fc
+import flashconv.functional as F
+from flashconv.algorithms import choice
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+OTHERS = (mx.float64, mx.complex64)
+NAMES = tuple(choice.ALGORITHMS)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    "What is chosen on a CPU; nothing tuned is left over."
+    with mx.stream(mx.cpu): yield
+    choice._tuned.clear()
+
+
+def first(shape, weight, dtype=mx.float32, **kw):
+    "The run of a convolution, transposed where `output_padding` is given."
+    kind = "conv_transpose" if "output_padding" in kw else "conv"
+    f = getattr(F, f"{kind}{len(shape) - 2}d")
+    return fc.explain(partial(f, weight=mx.zeros(weight, dtype), **kw), shape, dtype)[0]
+
+
+@pytest.mark.parametrize("name", ("winograd", "", None, 3, "FFT", "matmul "))
+def test_unknown_algorithm(name):
+    "An error that lists what there is, before the block is entered."
+    with pytest.raises(ValueError, match="there are native, matmul") as caught:
+        with fc.algorithm(name): raise AssertionError
+    assert all(known in str(caught.value) for known in NAMES)
+
+
+@pytest.mark.parametrize("dtype", (*FLOATS, *OTHERS, mx.int32), ids=str)
+@pytest.mark.parametrize("kw", ({}, {"output_padding": 1, "stride": 2}), ids=("conv", "transposed"))
+@pytest.mark.parametrize("n", (1, 2, 3))
+@pytest.mark.parametrize("name", NAMES)
+def test_forced(name, n, kw, dtype):
+    "It runs, or the error names those that would, and each of those does."
+    shape, weight = (1, 2) + (5,) * n, (2, 2) + (3,) * n
+    try:
+        with fc.algorithm(name): run = first(shape, weight, dtype, **kw)
+    except ValueError as error:
+        possible = str(error).partition("possible: ")[2].split(", ")
+        assert name not in possible and "taps" in possible
+        for other in possible:
+            with fc.algorithm(other): assert first(shape, weight, dtype, **kw).algorithm == other
+    else: assert (run.algorithm, run.why) == (name, "forced")
+
+
+def test_forced_ends_with_the_block():
+    "Nested, and after an error."
+    def name(): return first((1, 64, 9, 9), (64, 64, 3, 3)).algorithm
+    before = name()
+    with pytest.raises(KeyError), fc.algorithm("taps"):
+        with fc.algorithm("places"): assert name() == "places"
+        assert name() == "taps"
+        raise KeyError
+    assert name() == before
+
+
+def test_failed_call_leaves_the_layer():
+    "A forced algorithm that does not apply changes nothing."
+    layer = fc.ConvTranspose2d(2, 3, 3, stride=2)
+    before = dict(layer)
+    with fc.algorithm("matmul"), pytest.raises(ValueError, match="not defined for this call"):
+        layer(mx.zeros((1, 2, 5, 5)))
+    assert dict(layer).keys() == before.keys() and layer(mx.zeros((1, 2, 5, 5))).shape[1] == 3
+
+
+def test_gradients_take_what_is_defined():
+    "The input gradient of a strided convolution is transposed, so no matrix product."
+    with fc.algorithm("matmul"):
+        runs = fc.explain(fc.Conv2d(3, 4, 3, stride=2), (1, 3, 9, 9))
+    assert [run.part for run in runs] == ["forward", "input gradient", "weight gradient"]
+    assert runs[0].algorithm == runs[2].algorithm == "matmul" != runs[1].algorithm
+
+
+def test_explain_computes_nothing():
+    "An input of a terabyte."
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    text = repr(fc.explain(fc.Conv2d(256, 256, 3), (16, 256, 2**13, 2**13)))
+    assert mx.get_peak_memory() - before < 2**22
+    assert text.count("\n") == 3 and "weight gradient" in text
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("groups", (1, 2))
+def test_flops(transposed, groups):
+    "Two per product; what each input meets, or what each output sums."
+    layer = (fc.ConvTranspose2d if transposed else fc.Conv2d)(4, 6, 3, stride=2, groups=groups)
+    run = fc.explain(layer, (5, 4, 9, 9))[0]
+    places = 9 * 9 if transposed else 4 * 4
+    assert run.flops == 2 * 5 * places * 4 * 6 // groups * 9
+
+
+def test_explain_raises_what_the_call_raises():
+    "A wrong number of channels."
+    with pytest.raises(RuntimeError, match="to have 4 channels"):
+        fc.explain(fc.Conv2d(4, 6, 3), (1, 3, 9, 9))
+
+
+@pytest.mark.parametrize("layer", (lambda: fc.Conv1d(2, 2, 3), lambda: fc.ConvTranspose1d(2, 2, 3, 2)))
+def test_tune(layer):
+    "Every possible algorithm is timed; that shape, and no other, runs the fastest afterwards."
+    layer = layer()
+    times = fc.tune(layer, (1, 2, 20))
+    assert list(times.values()) == sorted(times.values())
+    run = fc.explain(layer, (1, 2, 20))[0]
+    assert (run.algorithm, run.why) == (next(iter(times)), "the fastest when tuned")
+    assert "tuned" not in fc.explain(layer, (1, 2, 21))[0].why
+    with fc.algorithm("taps"): assert fc.explain(layer, (1, 2, 20))[0].algorithm == "taps"
+
+
+def test_tune_needs_one_convolution():
+    "None, or two, and nothing is kept."
+    layer = fc.Conv1d(2, 2, 1)
+    for call, n in ((lambda x: x, 0), (lambda x: layer(layer(x)), 2)):
+        with pytest.raises(ValueError, match=f"the call runs {n}"): fc.tune(call, (1, 2, 5))
+    assert not choice._tuned
