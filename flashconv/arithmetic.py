@@ -155,13 +155,14 @@ def as_tuple(
     "`value` as a tuple, unchecked: what a layer keeps as its attribute."
     return tuple(value) if isinstance(value, Iterable) else (value,) * n
 
-# %% ../nbs/00_arithmetic.ipynb #0a58b710
+# %% ../nbs/00_arithmetic.ipynb #09cfd59f
 def as_ints(
     value,  # an int, or a tuple or list of them
     n: int,  # number of spatial axes
     name: str,  # of the argument, for the message
 ) -> tuple:
     "`value` as `n` ints. TypeError for anything but whole numbers, RuntimeError for other lengths."
+    if type(value) is tuple and len(value) == n and set(map(type, value)) == {int}: return value
     items = value if isinstance(value, (tuple, list)) else (value,)
     for item in items:
         if isinstance(item, bool) or not hasattr(item, "__index__"):

@@ -83,6 +83,11 @@ def assert_within_rounding(ours, judged, bound, dtype, what=""):
     assert_within(allowed, ours, judged, dtype, what)
 
 
+def assert_within_norm(ours, judged, bound, dtype, what=""):
+    "As above in units of the largest bound: transforms spread the rounding of a value over all."
+    assert_within_rounding(ours, judged, bound.max() if bound.numel() else bound, dtype, what)
+
+
 def assert_rounded_once(ours, judged, bound, dtype, what=""):
     "As above for half precision that was accumulated in float32: one rounding, at the end."
     allowed = EPS[dtype] * judged.abs() + FACTOR * 2**-23 * bound + TINY.get(dtype, 1e-37)

@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'possible', 'algorithm', 'choose', 'choose_and_say_why']
 
-# %% ../../nbs/algorithms/choice.ipynb #2f3b2d3c
+# %% ../../nbs/algorithms/choice.ipynb #b7ee542f
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from math import prod
 
 import mlx.core as mx
 
 from .. import blas
+from .fft import fft
 from .matmul import matmul
 from .native import native
+from .overlap import overlap_add
 from .taps import places, taps
 from ..arithmetic import Geometry
 
-# %% ../../nbs/algorithms/choice.ipynb #e6cd0309
-ALGORITHMS = {f.__name__: f for f in (native, matmul, taps, places)}
+# %% ../../nbs/algorithms/choice.ipynb #3f8f3a67
+ALGORITHMS = {f.__name__: f for f in (native, matmul, taps, places, fft, overlap_add)}
 
 def possible(g: Geometry, dtype: mx.Dtype) -> list:
     "The names of the algorithms that are defined for a call."
@@ -29,47 +32,60 @@ def possible(g: Geometry, dtype: mx.Dtype) -> list:
         native=dtype == mx.float32 or half and len(g.stride) < 3,
         matmul=mx.issubdtype(dtype, mx.inexact) and not g.transposed,
         taps=True,
-        places=not g.transposed)
+        places=not g.transposed,
+        fft=half or dtype == mx.float32,
+        overlap_add=g.transposed and mx.issubdtype(dtype, mx.inexact))
     return [name for name in ALGORITHMS if defined[name]]
 
-# %% ../../nbs/algorithms/choice.ipynb #37102b0d
+# %% ../../nbs/algorithms/choice.ipynb #daa28100
 _MOST_STEPS = 256  # a longer graph costs more than it saves
 _SMALL = 2**18  # multiplications that take as long as preparing a few operations
 
-def _rule(g, weight_shape, dtype):
+@lru_cache(maxsize=4096)
+def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
     "The name of an algorithm that is fast for a call, and why."
     out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
     n_taps, n_places, names = prod(g.kernel_size), prod(out), possible(g, dtype)
-    inner, per_group = weight_shape[1], max(1, weight_shape[0] // g.groups)
+    inner, per_group = weight_shape[1], weight_shape[0] // g.groups
+    if not on_gpu and "fft" in names and _is_long(g, min(n_taps, n_places), per_group):
+        return "fft", "a long kernel" if n_taps <= n_places else "many outputs of a long kernel"
     if "places" in names and n_places < n_taps and n_places <= _MOST_STEPS:
         return "places", "fewer outputs than taps"
+    if "overlap_add" in names and n_taps <= _MOST_STEPS:
+        return "overlap_add", "transposed with a stride"
     if n_taps > _MOST_STEPS and "native" in names:
         return "native", f"more than {_MOST_STEPS} taps"
-    if "matmul" not in names:
-        return "taps", "transposed with a stride" if g.transposed else "integers"
-    if mx.default_device().type == mx.gpu:
+    if "matmul" not in names: return "taps", "what no other algorithm takes"
+    if on_gpu:
         return ("native", "a GPU has a kernel for it") if "native" in names else (
             "matmul", "MLX's convolution lacks this dtype")
-    return _rule_on_cpus(g, n_taps, n_places, inner, per_group, "native" in names and dtype)
+    plain = dtype == mx.float32 and g.groups == max(g.dilation) == 1
+    return _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas)
 
-# %% ../../nbs/algorithms/choice.ipynb #3ad48647
-def _rule_on_cpus(g, n_taps, n_places, inner, per_group, native_dtype):
+# %% ../../nbs/algorithms/choice.ipynb #0978d69a
+def _is_long(g, steps, per_group):
+    "Whether transforms take less than `steps` products, one per tap or one per output place."
+    if g.transposed or max(*g.stride, *g.dilation) > 1: return False
+    few, some = {1: (32, 48), 2: (49, 81), 3: (125, 200)}[len(g.stride)]
+    return steps >= (few if per_group <= 4 else some) and (len(g.stride) == 1 or per_group <= 16)
+
+# %% ../../nbs/algorithms/choice.ipynb #b074d126
+def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
     "The same for what is neither transposed nor long, on a CPU."
     if inner == 1 and per_group <= 4 and n_taps > 1: return "taps", "one channel per group"
-    plain = g.groups == 1 and max(g.dilation) == 1 and native_dtype == mx.float32
     work = prod(g.output_shape) * inner * n_taps
     if plain and work < _SMALL: return "native", "small: the fewest operations win"
     as_good = g.channels_last and 1 < n_taps and n_places >= 256 and len(g.stride) < 3
-    if plain and as_good and blas.fast(): return "native", "dense and channels last: as MLX has it"
+    if plain and as_good and fast_blas: return "native", "dense and channels last: as MLX has it"
     return "matmul", "a matrix product with the columns"
 
-# %% ../../nbs/algorithms/choice.ipynb #09074ed9
+# %% ../../nbs/algorithms/choice.ipynb #f14065eb
 _forced = ContextVar("algorithm", default=None)
 _tuned = {}  # (geometry, weight's shape, dtype, device) -> name, from `tune`
 
 @contextmanager
 def algorithm(
-    name: str,  # one of "native", "matmul", "taps", "places"
+    name: str,  # "native", "matmul", "taps", "places", "fft" or "overlap_add"
 ):
     """Have every convolution in a `with` block run by one algorithm.
 
@@ -92,7 +108,7 @@ def choose(
     "The algorithm for one call on MLX's default device."
     return ALGORITHMS[choose_and_say_why(g, weight_shape, dtype, force)[0]]
 
-# %% ../../nbs/algorithms/choice.ipynb #5b1d7dc8
+# %% ../../nbs/algorithms/choice.ipynb #f3fa611a
 def choose_and_say_why(g: Geometry, weight_shape: tuple, dtype: mx.Dtype, force=False) -> tuple:
     "As `choose`: the algorithm's name, and the reason for it."
     name = _forced.get()
@@ -105,4 +121,4 @@ def choose_and_say_why(g: Geometry, weight_shape: tuple, dtype: mx.Dtype, force=
     if _tuned:
         name = _tuned.get((g, weight_shape, dtype, mx.default_device().type))
         if name is not None: return name, "the fastest when tuned"
-    return _rule(g, weight_shape, dtype)
+    return _rule(g, weight_shape, dtype, mx.default_device().type == mx.gpu, blas.fast())

@@ -51,12 +51,11 @@ def _on_ring(x, w, lengths):
     y = mx.fft.irfftn(x @ w, s=lengths, axes=axes)  # (*lengths, groups, N, O/groups)
     return y.transpose(d + 1, d, d + 2, *axes)
 
-# %% ../../nbs/algorithms/fft.ipynb #30469c38
+# %% ../../nbs/algorithms/fft.ipynb #87c7ba19
 def _whole(x, w, g):
     "A convolution on one ring. Strides leave out what they skip."
     lengths = _lengths(g, x.shape[2:])
-    x = x.reshape(len(x), g.groups, -1, *x.shape[2:])
-    w = w.reshape(g.groups, -1, *w.shape[1:])
+    x, w = mx.unflatten(x, 1, (g.groups, -1)), mx.unflatten(w, 0, (g.groups, -1))
     size = 16 * prod(lengths) * w.shape[0] * w.shape[2]
     step = max(1, TILE // size) if w.shape[2] > 1 else w.shape[1]
     starts = [k - 1 - before for k, (before, _) in zip(g.kernel_size, g.padding)]
@@ -98,7 +97,7 @@ def _as_plain(x, w, g):
     return x, w, replace(g, kernel_size=w.shape[2:], stride=stride, padding=padding, dilation=ones,
                          transposed=False, channels_last=False, output_shape=out)
 
-# %% ../../nbs/algorithms/fft.ipynb #073c4328
+# %% ../../nbs/algorithms/fft.ipynb #027a7ed1
 def fft(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -109,5 +108,5 @@ def fft(
     x, w, g = _as_plain(x.astype(mx.float32), w.astype(mx.float32), g)
     ring = 8 * prod(_lengths(g, x.shape[2:]))  # a padded copy and half a spectrum
     size = ring * len(x) * (x.shape[1] + g.output_shape[1])
-    y = in_tiles(_in_blocks, x, w, g, size // 4).astype(dtype)
+    y = in_tiles(_in_blocks, x, w, g, size).astype(dtype)
     return mx.moveaxis(y, 1, -1) if last else y

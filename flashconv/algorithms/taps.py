@@ -54,13 +54,14 @@ def taps(
     y = _stamped(x, w, first) if g.transposed else in_tiles(_summed, x, w, first, size)
     return y.astype(dtype) if first is g else mx.moveaxis(y.astype(dtype), 1, -1)
 
-# %% ../../nbs/algorithms/taps.ipynb #e96ed4ec
+# %% ../../nbs/algorithms/taps.ipynb #773d1d61
 def _prepared(x, w, g):
     "Arrays in the precision of the sums, channels first, and their geometry."
     if x.dtype in (mx.float16, mx.bfloat16): x, w = x.astype(mx.float32), w.astype(mx.float32)
     if not g.channels_last: return x, w, g
     n, *out, channels = g.output_shape
-    return mx.moveaxis(x, -1, 1), w, replace(g, channels_last=False, output_shape=(n, channels, *out))
+    x = mx.contiguous(mx.moveaxis(x, -1, 1))  # one copy, where each tap would be a slow one
+    return x, w, replace(g, channels_last=False, output_shape=(n, channels, *out))
 
 # %% ../../nbs/algorithms/taps.ipynb #2c7458fd
 def _summed(x, w, g):
@@ -87,7 +88,7 @@ def _stamped(x, w, g):
                                    for axis, (start, n) in enumerate(zip(starts, full), 2)}))
     return added(stamps)[(..., *(slice(p[0], p[0] + o) for o, p in zip(out, g.padding)))]
 
-# %% ../../nbs/algorithms/taps.ipynb #51954994
+# %% ../../nbs/algorithms/taps.ipynb #a2dfde32
 def places(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -96,7 +97,7 @@ def places(
     "One product per output place, for every dtype."
     dtype = x.dtype
     x, w, first = _prepared(x, w, g)
-    size = len(x) * x.shape[1] * prod(g.kernel_size) * x.itemsize  # the inputs of one place
+    size = 8 * len(x) * x.shape[1] * prod(g.kernel_size) * x.itemsize  # for 8 places at a time
     y = in_tiles(_placed, x, w, first, size).astype(dtype)
     return y if first is g else mx.moveaxis(y, 1, -1)
 
