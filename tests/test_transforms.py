@@ -167,8 +167,10 @@ def test_vmap_of_gradients(name, options, axes, of, algorithm):
     "Per-example gradients: vmap of the vjp, and its gradients in turn."
     arrays, ours, theirs = build(name, options)
     c = oracle.draw(np.random.default_rng(1), ours(*arrays).shape)
+    transforms = options == "many places"  # long enough for FFT
     oracle.check(mx.vmap(our_gradient(lambda *a: ours(*a), of), in_axes=axes),
-                 looped(their_gradient(theirs, of), axes), many([*arrays, c], axes))
+                 looped(their_gradient(theirs, of), axes), many([*arrays, c], axes),
+                 assertion=oracle.assert_within_norm if transforms else oracle.assert_within_rounding)
 
 
 @pytest.mark.parametrize("inner, outer", [
