@@ -18,7 +18,7 @@ import mlx.core as mx
 from . import choice, derivatives
 from .matmul import column_bytes
 
-# %% ../../nbs/algorithms/explain.ipynb #a4f9a65d
+# %% ../../nbs/algorithms/explain.ipynb #877dfb6a
 class Run(NamedTuple):
     "One convolution that a call would run."
     part: str  # "forward", "input gradient" or "weight gradient"
@@ -26,7 +26,7 @@ class Run(NamedTuple):
     why: str  # the reason for it
     flops: int  # multiplications and additions that its definition has
     bytes: int  # input, weight and output
-    workspace: int  # bytes that the algorithm holds besides, before it is cut into tiles
+    workspace: int  # about how many bytes it needs besides; from 32 MiB on it is cut into tiles
 
 # %% ../../nbs/algorithms/explain.ipynb #805c2000
 def _watched(call, *args):
@@ -39,20 +39,20 @@ def _watched(call, *args):
 
 def _runs(part, call): return [_run(part, *each) for each in _watched(call)]
 
-# %% ../../nbs/algorithms/explain.ipynb #abdffce3
+# %% ../../nbs/algorithms/explain.ipynb #60d17ca1
 def _run(part, algorithm, x, w, g):
     "What there is to say about one convolution."
     name, why = algorithm.__name__, choice.choose_and_say_why(g, w.shape, x.dtype)[1]
-    size = max(4, x.itemsize)
-    workspace = {"matmul": column_bytes(g, x.shape[-1 if g.channels_last else 1], size),
-                 "taps": 3 * prod(g.output_shape) * size,
-                 "places": prod(g.kernel_size) * (x.size // max(1, prod(_spatial(x, g)))) * size}
-    products = (x if g.transposed else mx.zeros(g.output_shape)).size * w.size
-    per = len(w) if g.transposed else g.output_shape[-1 if g.channels_last else 1]
-    return Run(part, name, why, 2 * products // max(1, per),
-               x.nbytes + w.nbytes + prod(g.output_shape) * x.itemsize, workspace.get(name, 0))
-
-def _spatial(x, g): return x.shape[1:-1] if g.channels_last else x.shape[2:]
+    size, channels = max(4, x.itemsize), x.shape[-1 if g.channels_last else 1]
+    column = column_bytes(g, channels, size)
+    sums, values = prod(g.output_shape) * size, x.size // channels
+    workspace = dict(native=column, matmul=column, taps=3 * sums,
+                     places=8 * prod(g.kernel_size) * len(x) * channels * size,
+                     overlap_add=prod(g.kernel_size) * values * w.shape[1] * g.groups * size,
+                     fft=2 * (x.size * size + sums))
+    places = values if g.transposed else sums // size // len(w)
+    return Run(part, name, why, 2 * places * w.size,
+               x.nbytes + w.nbytes + prod(g.output_shape) * x.itemsize, workspace[name])
 
 # %% ../../nbs/algorithms/explain.ipynb #a71035ed
 class Explanation(tuple):
