@@ -37,7 +37,7 @@ def possible(g: Geometry, dtype: mx.Dtype) -> list:
         overlap_add=g.transposed and mx.issubdtype(dtype, mx.inexact))
     return [name for name in ALGORITHMS if defined[name]]
 
-# %% ../../nbs/algorithms/choice.ipynb #daa28100
+# %% ../../nbs/algorithms/choice.ipynb #f6cab5cd
 _MOST_STEPS = 256  # a longer graph costs more than it saves
 _SMALL = 2**18  # multiplications that take as long as preparing a few operations
 
@@ -47,7 +47,7 @@ def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
     out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
     n_taps, n_places, names = prod(g.kernel_size), prod(out), possible(g, dtype)
     inner, per_group = weight_shape[1], weight_shape[0] // g.groups
-    if not on_gpu and "fft" in names and _is_long(g, min(n_taps, n_places), per_group):
+    if not on_gpu and "fft" in names and _is_long(g, n_taps, n_places, per_group):
         return "fft", "a long kernel" if n_taps <= n_places else "many outputs of a long kernel"
     if "places" in names and n_places < n_taps and n_places <= _MOST_STEPS:
         return "places", "fewer outputs than taps"
@@ -62,12 +62,13 @@ def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
     plain = dtype == mx.float32 and g.groups == max(g.dilation) == 1
     return _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas)
 
-# %% ../../nbs/algorithms/choice.ipynb #0978d69a
-def _is_long(g, steps, per_group):
-    "Whether transforms take less than `steps` products, one per tap or one per output place."
+# %% ../../nbs/algorithms/choice.ipynb #9b38c818
+def _is_long(g, n_taps, n_places, per_group):
+    "Whether transforms take less time than a product per tap, or one per output place."
     if g.transposed or max(*g.stride, *g.dilation) > 1: return False
     few, some = {1: (32, 48), 2: (49, 81), 3: (125, 200)}[len(g.stride)]
-    return steps >= (few if per_group <= 4 else some) and (len(g.stride) == 1 or per_group <= 16)
+    if per_group <= 4: return min(n_taps, n_places) >= few
+    return some <= n_taps <= n_places and (len(g.stride) == 1 or per_group <= 16)
 
 # %% ../../nbs/algorithms/choice.ipynb #b074d126
 def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
