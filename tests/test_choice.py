@@ -123,3 +123,31 @@ def test_tune_needs_one_convolution():
     for call, n in ((lambda x: x, 0), (lambda x: layer(layer(x)), 2)):
         with pytest.raises(ValueError, match=f"the call runs {n}"): fc.tune(call, (1, 2, 5))
     assert not choice._tuned
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "native"])
+def test_forward_mode(name):
+    "A convolution is linear: its derivative in a direction is itself of that direction."
+    transposed = name == "overlap_add"
+    f = partial(F.conv_transpose2d if transposed else F.conv2d, stride=2)
+    x, dx, w = mx.random.normal((2, 3, 7, 6)), mx.random.normal((2, 3, 7, 6)), mx.random.normal((3, 3, 3, 2))
+    with fc.algorithm(name):
+        (y,), (dy,) = mx.jvp(lambda x: f(x, w), [x], [dx])
+        assert mx.allclose(y, f(x, w), atol=1e-5) and mx.allclose(dy, f(dx, w), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, shape, weight, kw", (
+    ("matmul", (2, 16, 512, 512), (16, 16, 3, 3), {"padding": 1}),
+    ("taps", (2, 64, 224, 224), (64, 1, 3, 3), {"padding": 1, "groups": 64}),
+    ("overlap_add", (4, 32, 112, 112), (32, 16, 4, 4), {"stride": 2, "padding": 1})))
+def test_workspace(name, shape, weight, kw):
+    "At most 64 MiB beyond the arrays and the parts of the output, where columns would be 300 MB."
+    f = F.conv_transpose2d if name == "overlap_add" else F.conv2d
+    x, w = mx.random.normal(shape), mx.random.normal(weight)
+    mx.eval(x, w)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with fc.algorithm(name): y = f(x, w, **kw)
+    mx.eval(y)
+    assert mx.get_peak_memory() - before - y.nbytes <= 2**26 + y.nbytes  # parts, put together
