@@ -7,11 +7,11 @@ __all__ = ['effective_kernel_size', 'output_size', 'transposed_output_size', 'ou
            'ReceptiveField', 'receptive_field', 'as_tuple', 'as_ints', 'is_channels_last', 'Geometry', 'check_limit',
            'conv_geometry']
 
-# %% ../nbs/00_arithmetic.ipynb #cb5c61e2
+# %% ../nbs/00_arithmetic.ipynb #811c17d7
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache, wraps
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache, wraps
 from inspect import signature
 from math import prod
 from typing import NamedTuple
@@ -180,7 +180,7 @@ def is_channels_last(data_format: str) -> bool:
     raise ValueError("data_format must be one of {'channels_first', 'channels_last'}, but got "
                      f"data_format={data_format!r}")
 
-# %% ../nbs/00_arithmetic.ipynb #ee77f146
+# %% ../nbs/00_arithmetic.ipynb #466cfdc9
 @dataclass(frozen=True)
 class Geometry:
     "One checked convolution: all that an algorithm has to know besides the two arrays."
@@ -193,6 +193,11 @@ class Geometry:
     transposed: bool  # whether this is a transposed convolution
     channels_last: bool  # whether the arrays are (N, *spatial, C)
     output_shape: tuple  # of the batched result, in its layout
+
+    @cached_property
+    def _hash(self): return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self): return self._hash  # each call looks a geometry up, so it is kept
 
 # %% ../nbs/00_arithmetic.ipynb #fa2194e9
 def _check_ranks(name, n, shape, weight_shape):

@@ -37,7 +37,7 @@ def possible(g: Geometry, dtype: mx.Dtype) -> list:
         overlap_add=g.transposed and mx.issubdtype(dtype, mx.inexact))
     return [name for name in ALGORITHMS if defined[name]]
 
-# %% ../../nbs/algorithms/choice.ipynb #f6cab5cd
+# %% ../../nbs/algorithms/choice.ipynb #90c0d980
 _MOST_STEPS = 256  # a longer graph costs more than it saves
 _SMALL = 2**18  # multiplications that take as long as preparing a few operations
 
@@ -59,7 +59,7 @@ def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
     if on_gpu:
         return ("native", "a GPU has a kernel for it") if "native" in names else (
             "matmul", "MLX's convolution lacks this dtype")
-    plain = dtype == mx.float32 and g.groups == max(g.dilation) == 1
+    plain = dtype in (mx.float32, mx.float16, mx.bfloat16) and g.groups == max(g.dilation) == 1
     return _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas)
 
 # %% ../../nbs/algorithms/choice.ipynb #9b38c818

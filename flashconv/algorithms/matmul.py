@@ -28,12 +28,13 @@ def columns(
     stacked = mx.stack(rows, 2) if len(rows) > 1 else rows[0]
     return stacked.reshape(len(x), g.groups, -1, prod(out))
 
-# %% ../../nbs/algorithms/matmul.ipynb #325eecce
+# %% ../../nbs/algorithms/matmul.ipynb #b15846d3
 def _multiplied(x, w, g):
     "A padded input (N, C, *spatial) times the weight, in the layout that the geometry asks for."
     column, w = columns(x, g), w.reshape(g.groups, len(w) // g.groups, -1)
-    if g.channels_last and g.groups == 1 and blas.fast():
-        return (column[:, 0].swapaxes(1, 2) @ w[0].T).reshape(g.output_shape)
+    if g.groups == 1 and blas.fast() and (g.channels_last or column.shape[3] < 64):
+        y = column[:, 0].swapaxes(1, 2) @ w[0].T  # (N, places, O)
+        return (y if g.channels_last else y.swapaxes(1, 2)).reshape(g.output_shape)
     y = w @ column
     if not g.channels_last: return y.reshape(g.output_shape)
     y = y.reshape(len(x), -1, *g.output_shape[1:-1])

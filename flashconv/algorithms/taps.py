@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['slices', 'added', 'taps', 'places']
 
-# %% ../../nbs/algorithms/taps.ipynb #25edebee
+# %% ../../nbs/algorithms/taps.ipynb #f082211a
 from dataclasses import replace
 from itertools import product
 from math import prod
 
 import mlx.core as mx
 
-from .tiles import in_tiles
+from .tiles import TILE, in_tiles
 from ..arithmetic import Geometry
 from ..dilation import insert_zeros
 from ..padding import pad_axes
@@ -101,13 +101,26 @@ def places(
     y = in_tiles(_placed, x, w, first, size).astype(dtype)
     return y if first is g else mx.moveaxis(y, 1, -1)
 
-# %% ../../nbs/algorithms/taps.ipynb #d38db779
+# %% ../../nbs/algorithms/taps.ipynb #33ea16e9
 def _placed(x, w, g):
     "The same, channels first."
     out = g.output_shape[2:]
     x = pad_axes(x, {2 + axis: amounts for axis, amounts in enumerate(g.padding)})
     w = w.reshape(g.groups, len(w) // g.groups, -1).swapaxes(1, 2)  # (groups, inner, O/groups)
-    ys = [_channel_products(x[where].reshape(len(x), g.groups, -1).swapaxes(0, 1), w)
-          for _, where in slices(out, g.stride, g.kernel_size, g.dilation)]
-    y = mx.stack(ys, -1).swapaxes(0, 1)  # (N, groups, O/groups, places)
-    return y.reshape(len(x), -1, *out)
+    windows = [x[where].reshape(len(x), g.groups, -1).swapaxes(0, 1)
+               for _, where in slices(out, g.stride, g.kernel_size, g.dilation)]
+    if _better_at_once(x, w, len(windows)): y = _at_once(windows, w)
+    else: y = mx.stack([_channel_products(window, w) for window in windows], -1).swapaxes(0, 1)
+    return y.reshape(len(x), -1, *out)  # from (N, groups, O/groups, places)
+
+# %% ../../nbs/algorithms/taps.ipynb #e062a6e8
+def _better_at_once(x, w, n_places):
+    if len(w) > 1 or not mx.issubdtype(x.dtype, mx.inexact): return False
+    return len(x) < 16 or n_places * len(x) * w.shape[1] * x.itemsize <= TILE
+
+def _at_once(windows, w):
+    "The same as one product."
+    n, inner = windows[0].shape[1:]
+    rows = mx.stack(windows, 2).reshape(1, n * len(windows), inner)
+    y = w.swapaxes(1, 2) @ rows.swapaxes(1, 2)  # (1, O, N * places)
+    return y.reshape(1, -1, n, len(windows)).transpose(2, 0, 1, 3)
