@@ -71,13 +71,14 @@ def input_gradient(
     rest = tuple(i + sum(p) - r for i, p, r in zip(sizes, g.padding, reached))
     return convolve(cotangent, w, replace(back, output_padding=rest))
 
-# %% ../../nbs/algorithms/derivatives.ipynb #0ec6b576
+# %% ../../nbs/algorithms/derivatives.ipynb #65f77214
 def weight_gradient(
     x: mx.array,  # input
     cotangent: mx.array,  # of the output
     g: Geometry,  # of the convolution, transposed or not
 ) -> mx.array:  # cotangent of the weight, in PyTorch's layout
     "The cotangent of a convolution's weight: its input convolved with its output's cotangent."
+    if g.channels_last and _is_a_product(g): return _rows_product(x, cotangent, g)
     if g.channels_last: x, cotangent = (mx.contiguous(mx.moveaxis(a, -1, 1)) for a in (x, cotangent))
     if g.transposed: x, cotangent = cotangent, x
     xs, ys = (a.reshape(len(a), g.groups, -1, *a.shape[2:]) for a in (x, cotangent))
@@ -86,6 +87,20 @@ def weight_gradient(
     swapped = Geometry(ys.shape[2:], g.dilation, g.padding, g.stride, (0,) * len(g.stride),
                        g.groups, False, False, (len(xs), len(ys), *g.kernel_size))
     return convolve(xs, ys, swapped).swapaxes(0, 1)
+
+# %% ../../nbs/algorithms/derivatives.ipynb #10104d6a
+def _is_a_product(g):
+    "Whether each output sees one place, in one group."
+    padding = {amount for pair in g.padding for amount in pair}
+    return {*g.kernel_size, *g.stride, g.groups} == {1} and padding == {0} and not g.transposed
+
+def _rows_product(x, cotangent, g):
+    "The weight gradient of such a layer."
+    dtype = x.dtype
+    if dtype in (mx.float16, mx.bfloat16):
+        x, cotangent = x.astype(mx.float32), cotangent.astype(mx.float32)
+    w = mx.flatten(cotangent, 0, -2).T @ mx.flatten(x, 0, -2)
+    return w.reshape(*w.shape, *g.kernel_size).astype(dtype)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #dc3d1342
 def add_bias(

@@ -17,16 +17,27 @@ from .tiles import in_tiles
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/matmul.ipynb #9eb51e6f
+# %% ../../nbs/algorithms/matmul.ipynb #9b94578f
 def columns(
     x: mx.array,  # (N, C, *spatial), padded
     g: Geometry,  # of a convolution that is not transposed
 ) -> mx.array:  # (N, groups, C/groups * taps, places)
-    "The windows of `x`, side by side."
+    "What the taps meet at each place, as the columns of a matrix."
     out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
-    rows = [x[where] for _, where in slices(g.kernel_size, g.dilation, out, g.stride)]
-    stacked = mx.stack(rows, 2) if len(rows) > 1 else rows[0]
-    return stacked.reshape(len(x), g.groups, -1, prod(out))
+    if prod(g.kernel_size) <= 9 or len(out) != 2:
+        seen = [x[where] for _, where in slices(g.kernel_size, g.dilation, out, g.stride)]
+        x = mx.stack(seen, 2) if len(seen) > 1 else seen[0]
+    else: x = _unfolded(x, g, out)
+    return x.reshape(len(x), g.groups, -1, prod(out))
+
+# %% ../../nbs/algorithms/matmul.ipynb #da0a212d
+def _unfolded(x, g, out):
+    "(N, C, *kernel_size, *out), first along the width and then along the height."
+    for axis in (1, 0):  # either is the fourth, once the taps of the width are the third
+        last = (out[axis] - 1) * g.stride[axis] + 1
+        starts = [tap * g.dilation[axis] for tap in range(g.kernel_size[axis])]
+        x = mx.stack([x[:, :, :, start : start + last : g.stride[axis]] for start in starts], 2)
+    return x
 
 # %% ../../nbs/algorithms/matmul.ipynb #b15846d3
 def _multiplied(x, w, g):

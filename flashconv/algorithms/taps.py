@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['slices', 'added', 'taps', 'places']
 
-# %% ../../nbs/algorithms/taps.ipynb #f082211a
+# %% ../../nbs/algorithms/taps.ipynb #25edebee
 from dataclasses import replace
 from itertools import product
 from math import prod
 
 import mlx.core as mx
 
-from .tiles import TILE, in_tiles
+from .tiles import in_tiles
 from ..arithmetic import Geometry
 from ..dilation import insert_zeros
 from ..padding import pad_axes
@@ -88,39 +88,42 @@ def _stamped(x, w, g):
                                    for axis, (start, n) in enumerate(zip(starts, full), 2)}))
     return added(stamps)[(..., *(slice(p[0], p[0] + o) for o, p in zip(out, g.padding)))]
 
-# %% ../../nbs/algorithms/taps.ipynb #a2dfde32
+# %% ../../nbs/algorithms/taps.ipynb #d2e795c5
 def places(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # everything else, of a convolution that is not transposed
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
-    "One product per output place, for every dtype."
+    "One product for all output places, for every dtype."
     dtype = x.dtype
     x, w, first = _prepared(x, w, g)
-    size = 8 * len(x) * x.shape[1] * prod(g.kernel_size) * x.itemsize  # for 8 places at a time
+    size = len(x) * x.shape[1] * prod(g.kernel_size) * prod(first.output_shape[2:]) * x.itemsize
     y = in_tiles(_placed, x, w, first, size).astype(dtype)
     return y if first is g else mx.moveaxis(y, 1, -1)
 
-# %% ../../nbs/algorithms/taps.ipynb #33ea16e9
+# %% ../../nbs/algorithms/taps.ipynb #e379bbdb
 def _placed(x, w, g):
     "The same, channels first."
-    out = g.output_shape[2:]
+    n, out = len(x), g.output_shape[2:]
     x = pad_axes(x, {2 + axis: amounts for axis, amounts in enumerate(g.padding)})
-    w = w.reshape(g.groups, len(w) // g.groups, -1).swapaxes(1, 2)  # (groups, inner, O/groups)
-    windows = [x[where].reshape(len(x), g.groups, -1).swapaxes(0, 1)
-               for _, where in slices(out, g.stride, g.kernel_size, g.dilation)]
-    if _better_at_once(x, w, len(windows)): y = _at_once(windows, w)
-    else: y = mx.stack([_channel_products(window, w) for window in windows], -1).swapaxes(0, 1)
-    return y.reshape(len(x), -1, *out)  # from (N, groups, O/groups, places)
+    w = w.reshape(g.groups, len(w) // g.groups, -1)
+    if mx.issubdtype(x.dtype, mx.inexact): y = w @ _rows(x, g).swapaxes(1, 2)
+    else: y = mx.flatten(mx.stack(_one_by_one(x, w, g), -1), 2, 3)
+    y = mx.unflatten(y, 2, (n, *out))  # (groups, O/groups, N, *out)
+    return mx.flatten(mx.moveaxis(y, 2, 0), 1, 2)
 
-# %% ../../nbs/algorithms/taps.ipynb #e062a6e8
-def _better_at_once(x, w, n_places):
-    if len(w) > 1 or not mx.issubdtype(x.dtype, mx.inexact): return False
-    return len(x) < 16 or n_places * len(x) * w.shape[1] * x.itemsize <= TILE
+# %% ../../nbs/algorithms/taps.ipynb #bfa26b79
+def _rows(x, g):
+    "What each place sees: (groups, N * places, C/groups * taps)."
+    by_groups = mx.unflatten(x, 1, (g.groups, -1)).swapaxes(0, 1)
+    seen = [by_groups[where] for where in _places(g)]
+    return mx.stack(seen, 2).reshape(g.groups, len(x) * len(seen), -1)
 
-def _at_once(windows, w):
-    "The same as one product."
-    n, inner = windows[0].shape[1:]
-    rows = mx.stack(windows, 2).reshape(1, n * len(windows), inner)
-    y = w.swapaxes(1, 2) @ rows.swapaxes(1, 2)  # (1, O, N * places)
-    return y.reshape(1, -1, n, len(windows)).transpose(2, 0, 1, 3)
+def _one_by_one(x, w, g):
+    "For integers, which `mx.matmul` refuses: (groups, O/groups, N) for each place."
+    return [_channel_products(w, x[where].reshape(len(x), g.groups, -1).transpose(1, 2, 0))
+            for where in _places(g)]
+
+def _places(g):
+    out = g.output_shape[2:]
+    return [where for _, where in slices(out, g.stride, g.kernel_size, g.dilation)]
