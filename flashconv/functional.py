@@ -92,8 +92,8 @@ def _conv_transpose(n):
     return _named(conv_transpose, name, f"Transposed convolution over {n} "
                                         f"{'axis' if n == 1 else 'axes'}")
 
-# %% ../nbs/03_functional.ipynb #3a5843c2
-_DOC = """{what}, with the arguments of `torch.nn.functional.{name}`.
+# %% ../nbs/03_functional.ipynb #b66aab12
+_DOC = """{what}, with PyTorch's arguments.
 
 All arrays have one dtype: floating point, complex64 or an integer. Raises `RuntimeError` in
 PyTorch's words for shapes and numbers that don't fit, `TypeError` for anything but arrays and

@@ -109,7 +109,7 @@ def check_array(
         raise TypeError(f"{function}(): argument '{argument}' must be mlx.core.array, not "
                         f"{type(value).__name__}; mx.array(...) converts numbers, lists and NumPy")
 
-# %% ../nbs/01_padding.ipynb #8cf089a3
+# %% ../nbs/01_padding.ipynb #f6d25494
 def pad(
     input: mx.array,  # any shape for a constant, else (C, *spatial) or (N, C, *spatial)
     pad: tuple,  # two amounts per axis, the last axis first; a negative amount crops
@@ -118,7 +118,7 @@ def pad(
     *,
     data_format: str = "channels_first",  # 'channels_last' starts at the last axis but one
 ) -> mx.array:  # `input`, longer or shorter along these axes
-    """PyTorch's `torch.nn.functional.pad`, with any number of axes and negative amounts.
+    """Padding as in PyTorch, with any number of axes and negative amounts.
 
     Raises `RuntimeError` for amounts that the mode can't serve, `NotImplementedError` for an
     unknown mode or a rank it isn't defined for, `TypeError` for anything but an array and ints.
