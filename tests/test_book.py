@@ -1,4 +1,4 @@
-"""The book is whole, by tools/check_book.py; and each of its checks finds a sample of what it is for."""
+"""The book is whole, by tools/check_book.py, and each of its checks finds what it is for."""
 import json
 import shutil
 import sys
@@ -118,6 +118,8 @@ BROKEN = {
     "a link in an output": (add("code", "f()", markdown("[a](99_none.ipynb)")), "no page or file"),
     "a link of the README": (edit("README.md", "](nbs/01_padding.ipynb)", "](nbs/1.ipynb)"),
                              "README.md: no page or file"),
+    "a link of the README for nbs/": (edit("README.md", "](nbs/01_padding.ipynb)",
+                                           "](01_padding.ipynb)"), "README.md: no page or file"),
     "no picture": (add("markdown", "![a window](images/none.png)"), "no picture"),
     "no picture in the README": (edit("README.md", "](nbs/images/demo.png)", "](images/demo.png)"),
                                  "README.md: no picture"),
@@ -157,17 +159,21 @@ def test_finds_undocumented_names(book, value, message):
     assert any(line == f"padding.bare: {message}" for line in found), found
 
 
-def test_what_nbdev_cannot_process(tmp_path):
-    "A notebook that fails in the build of the site is an error, not a page less."
+@pytest.mark.parametrize("old, new, message", (
+    ("import mlx.core as mx", "import no_such_module", "no_such_module"),
+    ("from fastcore.test import *", "from fastcore.test import *; x = 1", "imports and other code"),
+), ids=("failing", "mixed"))
+def test_what_nbdev_cannot_process(tmp_path, old, new, message):
+    "A notebook that the build of the site can't take is an error, not a page less."
     root = shutil.copytree(ROOT, tmp_path / "root", symlinks=True,
                            ignore=shutil.ignore_patterns(*check_book.UNSEEN))
-    edit("nbs/01_padding.ipynb", "import mlx.core as mx", "import no_such_module")(root)
-    with pytest.raises(RuntimeError, match="no_such_module"): process(root, tmp_path / "book")
+    edit("nbs/01_padding.ipynb", old, new)(root)
+    with pytest.raises(RuntimeError, match=message): process(root, tmp_path / "book")
 
 
 @pytest.mark.parametrize("heading, anchor", (
-    ("How much padding is 'same'?", "how-much-padding-is-same"), ("ReceptiveField", "receptivefield"),
-    ("_ConvNd", "convnd"), ("1x1 kernels... and k=3", "x1-kernels-and-k3"),
+    ("How much padding is 'same'?", "how-much-padding-is-same"),
+    ("ReceptiveField", "receptivefield"), ("_ConvNd", "convnd"), ("1x1 kernels... and k=3", "x1-kernels-and-k3"),
     ("What works here that mlx.nn lacks", "what-works-here-that-mlx.nn-lacks"), ("3", "section"),
 ))
 def test_anchors_are_pandocs(heading, anchor):
