@@ -173,7 +173,8 @@ def test_what_nbdev_cannot_process(tmp_path, old, new, message):
 
 @pytest.mark.parametrize("heading, anchor", (
     ("How much padding is 'same'?", "how-much-padding-is-same"),
-    ("ReceptiveField", "receptivefield"), ("_ConvNd", "convnd"), ("1x1 kernels... and k=3", "x1-kernels-and-k3"),
+    ("ReceptiveField", "receptivefield"), ("_ConvNd", "convnd"),
+    ("1x1 kernels... and k=3", "x1-kernels-and-k3"),
     ("What works here that mlx.nn lacks", "what-works-here-that-mlx.nn-lacks"), ("3", "section"),
 ))
 def test_anchors_are_pandocs(heading, anchor):
