@@ -10,7 +10,7 @@ import os
 
 import mlx.core as mx
 
-# %% ../nbs/11_memory.ipynb #65e35744
+# %% ../nbs/11_memory.ipynb #500d0fa9
 _MLX_LIMIT, _LIMIT = 32 * 2**20, 2**30  # bytes
 
 def raise_cache_limit() -> None:

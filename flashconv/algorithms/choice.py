@@ -22,7 +22,7 @@ from .overlap import overlap_add
 from .taps import places, taps
 from ..arithmetic import Geometry
 
-# %% ../../nbs/algorithms/choice.ipynb #3f8f3a67
+# %% ../../nbs/algorithms/choice.ipynb #8089f657
 ALGORITHMS = {f.__name__: f for f in (native, matmul, taps, places, fft, overlap_add)}
 
 def possible(g: Geometry, dtype: mx.Dtype) -> list:
@@ -37,7 +37,7 @@ def possible(g: Geometry, dtype: mx.Dtype) -> list:
         overlap_add=g.transposed and mx.issubdtype(dtype, mx.inexact))
     return [name for name in ALGORITHMS if defined[name]]
 
-# %% ../../nbs/algorithms/choice.ipynb #90c0d980
+# %% ../../nbs/algorithms/choice.ipynb #9d2d04b5
 _MOST_STEPS = 256  # a longer graph costs more than it saves
 _SMALL = 2**18  # multiplications that take as long as preparing a few operations
 
@@ -62,7 +62,7 @@ def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
     plain = dtype in (mx.float32, mx.float16, mx.bfloat16) and g.groups == max(g.dilation) == 1
     return _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas)
 
-# %% ../../nbs/algorithms/choice.ipynb #9b38c818
+# %% ../../nbs/algorithms/choice.ipynb #4f54c5e1
 def _is_long(g, n_taps, n_places, per_group):
     "Whether transforms take less time than a product per tap, or one per output place."
     if g.transposed or max(*g.stride, *g.dilation) > 1: return False
@@ -70,7 +70,7 @@ def _is_long(g, n_taps, n_places, per_group):
     if per_group <= 4: return min(n_taps, n_places) >= few
     return some <= n_taps <= n_places and (len(g.stride) == 1 or per_group <= 16)
 
-# %% ../../nbs/algorithms/choice.ipynb #b074d126
+# %% ../../nbs/algorithms/choice.ipynb #f35f756c
 def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
     "The same for what is neither transposed nor long, on a CPU."
     if inner == 1 and per_group <= 4 and n_taps > 1: return "taps", "one channel per group"
@@ -80,7 +80,7 @@ def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
     if plain and as_good and fast_blas: return "native", "dense and channels last: as MLX has it"
     return "matmul", "a matrix product with the columns"
 
-# %% ../../nbs/algorithms/choice.ipynb #f14065eb
+# %% ../../nbs/algorithms/choice.ipynb #dfcfce8e
 _forced = ContextVar("algorithm", default=None)
 _tuned = {}  # (geometry, weight's shape, dtype, device) -> name, from `tune`
 
@@ -99,7 +99,7 @@ def algorithm(
     try: yield
     finally: _forced.reset(token)
 
-# %% ../../nbs/algorithms/choice.ipynb #4a62453e
+# %% ../../nbs/algorithms/choice.ipynb #43888cba
 def choose(
     g: Geometry,  # the checked call
     weight_shape: tuple,  # of PyTorch's weight
@@ -109,7 +109,7 @@ def choose(
     "The algorithm for one call on MLX's default device."
     return ALGORITHMS[choose_and_say_why(g, weight_shape, dtype, force)[0]]
 
-# %% ../../nbs/algorithms/choice.ipynb #f3fa611a
+# %% ../../nbs/algorithms/choice.ipynb #d5b3f511
 def choose_and_say_why(g: Geometry, weight_shape: tuple, dtype: mx.Dtype, force=False) -> tuple:
     "As `choose`: the algorithm's name, and the reason for it."
     name = _forced.get()

@@ -17,7 +17,7 @@ from .tiles import in_tiles
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/matmul.ipynb #9b94578f
+# %% ../../nbs/algorithms/matmul.ipynb #e378f89b
 def columns(
     x: mx.array,  # (N, C, *spatial), padded
     g: Geometry,  # of a convolution that is not transposed
@@ -30,7 +30,7 @@ def columns(
     else: x = _unfolded(x, g, out)
     return x.reshape(len(x), g.groups, -1, prod(out))
 
-# %% ../../nbs/algorithms/matmul.ipynb #da0a212d
+# %% ../../nbs/algorithms/matmul.ipynb #842131ef
 def _unfolded(x, g, out):
     "(N, C, *kernel_size, *out), first along the width and then along the height."
     for axis in (1, 0):  # either is the fourth, once the taps of the width are the third
@@ -39,7 +39,7 @@ def _unfolded(x, g, out):
         x = mx.stack([x[:, :, :, start : start + last : g.stride[axis]] for start in starts], 2)
     return x
 
-# %% ../../nbs/algorithms/matmul.ipynb #b15846d3
+# %% ../../nbs/algorithms/matmul.ipynb #bed87afe
 def _multiplied(x, w, g):
     "A padded input (N, C, *spatial) times the weight, in the layout that the geometry asks for."
     column, w = columns(x, g), w.reshape(g.groups, len(w) // g.groups, -1)
@@ -51,19 +51,19 @@ def _multiplied(x, w, g):
     y = y.reshape(len(x), -1, *g.output_shape[1:-1])
     return mx.contiguous(mx.moveaxis(y, 1, -1))
 
-# %% ../../nbs/algorithms/matmul.ipynb #0157f9e2
+# %% ../../nbs/algorithms/matmul.ipynb #88d0b018
 def _padded_and_multiplied(x, w, g):
     if g.channels_last: x = mx.moveaxis(x, -1, 1)
     if g.channels_last and (g.groups > 1 or not blas.fast()): x = mx.contiguous(x)
     return _multiplied(pad_axes(x, {2 + axis: p for axis, p in enumerate(g.padding)}), w, g)
 
-# %% ../../nbs/algorithms/matmul.ipynb #463cc376
+# %% ../../nbs/algorithms/matmul.ipynb #a26a9c71
 def column_bytes(g: Geometry, channels: int, itemsize: int) -> int:
     "The size of all columns of a convolution with `channels` inputs."
     places = prod(g.output_shape) // g.output_shape[-1 if g.channels_last else 1]
     return places * channels * prod(g.kernel_size) * itemsize if prod(g.kernel_size) > 1 else 0
 
-# %% ../../nbs/algorithms/matmul.ipynb #f2231a2e
+# %% ../../nbs/algorithms/matmul.ipynb #bc744284
 def matmul(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight

@@ -17,7 +17,7 @@ from ..arithmetic import Geometry
 from ..dilation import insert_zeros
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/taps.ipynb #0da8a88c
+# %% ../../nbs/algorithms/taps.ipynb #923245ff
 def slices(firsts, first_step, counts, step):
     "For each index up to `firsts`, slices of `counts` values: from `index * first_step` by `step`."
     for index in product(*map(range, firsts)):
@@ -25,14 +25,14 @@ def slices(firsts, first_step, counts, step):
         yield index, (..., *(slice(start, start + (n - 1) * s + 1, s)
                              for start, n, s in zip(starts, counts, step)))
 
-# %% ../../nbs/algorithms/taps.ipynb #3fd5a3ea
+# %% ../../nbs/algorithms/taps.ipynb #2f7147e0
 def _channel_products(w, x):
     "`w @ x`, for integers too."
     if x.shape[-2] == 1: return w * x
     if mx.issubdtype(x.dtype, mx.inexact): return w @ x
     return added([w[..., c, None] * x[..., c, None, :] for c in range(x.shape[-2])])
 
-# %% ../../nbs/algorithms/taps.ipynb #e3382782
+# %% ../../nbs/algorithms/taps.ipynb #84e6fab4
 def added(
     terms: list,  # of arrays of one shape, at least one
 ) -> mx.array:  # their sum
@@ -41,7 +41,7 @@ def added(
         terms = [a + b for a, b in zip(terms[::2], terms[1::2])] + terms[len(terms) // 2 * 2 :]
     return terms[0]
 
-# %% ../../nbs/algorithms/taps.ipynb #6a612eae
+# %% ../../nbs/algorithms/taps.ipynb #4e0d1ed9
 def taps(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -54,7 +54,7 @@ def taps(
     y = _stamped(x, w, first) if g.transposed else in_tiles(_summed, x, w, first, size)
     return y.astype(dtype) if first is g else mx.moveaxis(y.astype(dtype), 1, -1)
 
-# %% ../../nbs/algorithms/taps.ipynb #773d1d61
+# %% ../../nbs/algorithms/taps.ipynb #c7d14ccd
 def _prepared(x, w, g):
     "Arrays in the precision of the sums, channels first, and their geometry."
     if x.dtype in (mx.float16, mx.bfloat16): x, w = x.astype(mx.float32), w.astype(mx.float32)
@@ -63,7 +63,7 @@ def _prepared(x, w, g):
     x = mx.contiguous(mx.moveaxis(x, -1, 1))  # one copy, where each tap would be a slow one
     return x, w, replace(g, channels_last=False, output_shape=(n, channels, *out))
 
-# %% ../../nbs/algorithms/taps.ipynb #2c7458fd
+# %% ../../nbs/algorithms/taps.ipynb #f1c3ebbc
 def _summed(x, w, g):
     "A convolution, channels first."
     out, w = g.output_shape[2:], w.reshape(g.groups, -1, *w.shape[1:])
@@ -73,7 +73,7 @@ def _summed(x, w, g):
                 for tap, where in slices(g.kernel_size, g.dilation, out, g.stride)])
     return y.reshape(len(x), -1, *out)
 
-# %% ../../nbs/algorithms/taps.ipynb #519a5050
+# %% ../../nbs/algorithms/taps.ipynb #32e5c9ac
 def _stamped(x, w, g):
     "A transposed convolution, channels first."
     out, size, batch = g.output_shape[2:], x.shape[2:], len(x)
@@ -88,7 +88,7 @@ def _stamped(x, w, g):
                                    for axis, (start, n) in enumerate(zip(starts, full), 2)}))
     return added(stamps)[(..., *(slice(p[0], p[0] + o) for o, p in zip(out, g.padding)))]
 
-# %% ../../nbs/algorithms/taps.ipynb #d2e795c5
+# %% ../../nbs/algorithms/taps.ipynb #0f628dc6
 def places(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -101,7 +101,7 @@ def places(
     y = in_tiles(_placed, x, w, first, size).astype(dtype)
     return y if first is g else mx.moveaxis(y, 1, -1)
 
-# %% ../../nbs/algorithms/taps.ipynb #e379bbdb
+# %% ../../nbs/algorithms/taps.ipynb #6d5097f8
 def _placed(x, w, g):
     "The same, channels first."
     n, out = len(x), g.output_shape[2:]
@@ -112,7 +112,7 @@ def _placed(x, w, g):
     y = mx.unflatten(y, 2, (n, *out))  # (groups, O/groups, N, *out)
     return mx.flatten(mx.moveaxis(y, 2, 0), 1, 2)
 
-# %% ../../nbs/algorithms/taps.ipynb #bfa26b79
+# %% ../../nbs/algorithms/taps.ipynb #60fb7250
 def _rows(x, g):
     "What each place sees: (groups, N * places, C/groups * taps)."
     by_groups = mx.unflatten(x, 1, (g.groups, -1)).swapaxes(0, 1)
