@@ -10,14 +10,15 @@ import os
 
 import mlx.core as mx
 
-# %% ../nbs/11_memory.ipynb #500d0fa9
+# %% ../nbs/11_memory.ipynb #d9220be4
 _MLX_LIMIT, _LIMIT = 32 * 2**20, 2**30  # bytes
 
 def raise_cache_limit() -> None:
     """Have MLX keep up to 1 GB of freed memory where it keeps 32 MB, which is on CPUs.
 
-    Called once, by `import flashconv`. Another limit than MLX's own is somebody's choice, and stays;
-    `mx.set_cache_limit` after the import has the last word.
+    Called once, by `import flashconv`. Another limit than MLX's own is somebody's choice, and
+    stays; `mx.set_cache_limit` after the import has the last word.
+    Source: <https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.set_cache_limit.html>
     """
     if mx.default_device().type == mx.gpu: return
     before = mx.set_cache_limit(2**40)  # the old limit is told to whoever sets a new one

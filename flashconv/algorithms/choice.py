@@ -22,10 +22,13 @@ from .overlap import overlap_add
 from .taps import places, taps
 from ..arithmetic import Geometry
 
-# %% ../../nbs/algorithms/choice.ipynb #8089f657
+# %% ../../nbs/algorithms/choice.ipynb #24239aeb
 ALGORITHMS = {f.__name__: f for f in (native, matmul, taps, places, fft, overlap_add)}
 
-def possible(g: Geometry, dtype: mx.Dtype) -> list:
+def possible(
+    g: Geometry,  # the checked call
+    dtype: mx.Dtype,  # of input and weight
+) -> list:  # names, in the order of `ALGORITHMS`
     "The names of the algorithms that are defined for a call."
     half = dtype in (mx.float16, mx.bfloat16)
     defined = dict(
@@ -99,18 +102,23 @@ def algorithm(
     try: yield
     finally: _forced.reset(token)
 
-# %% ../../nbs/algorithms/choice.ipynb #43888cba
+# %% ../../nbs/algorithms/choice.ipynb #1344fc60
 def choose(
     g: Geometry,  # the checked call
     weight_shape: tuple,  # of PyTorch's weight
     dtype: mx.Dtype,  # of input and weight
-    force: bool = False,  # whether an algorithm that `algorithm` names must be possible
+    force: bool = False,  # whether a forced algorithm must be possible
 ) -> Callable:  # algorithm(x, w, g)
     "The algorithm for one call on MLX's default device."
     return ALGORITHMS[choose_and_say_why(g, weight_shape, dtype, force)[0]]
 
-# %% ../../nbs/algorithms/choice.ipynb #d5b3f511
-def choose_and_say_why(g: Geometry, weight_shape: tuple, dtype: mx.Dtype, force=False) -> tuple:
+# %% ../../nbs/algorithms/choice.ipynb #cf89cc50
+def choose_and_say_why(
+    g: Geometry,  # the checked call
+    weight_shape: tuple,  # of PyTorch's weight
+    dtype: mx.Dtype,  # of input and weight
+    force: bool = False,  # whether a forced algorithm must be possible
+) -> tuple:  # name, reason
     "As `choose`: the algorithm's name, and the reason for it."
     name = _forced.get()
     if name is not None:

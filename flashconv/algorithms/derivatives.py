@@ -71,7 +71,7 @@ def input_gradient(
     rest = tuple(i + sum(p) - r for i, p, r in zip(sizes, g.padding, reached))
     return convolve(cotangent, w, replace(back, output_padding=rest))
 
-# %% ../../nbs/algorithms/derivatives.ipynb #17f378ad
+# %% ../../nbs/algorithms/derivatives.ipynb #f9db04e7
 def weight_gradient(
     x: mx.array,  # input
     cotangent: mx.array,  # of the output
@@ -79,7 +79,8 @@ def weight_gradient(
 ) -> mx.array:  # cotangent of the weight, in PyTorch's layout
     "The cotangent of a convolution's weight: its input convolved with its output's cotangent."
     if g.channels_last and _is_a_product(g): return _rows_product(x, cotangent, g)
-    if g.channels_last: x, cotangent = (mx.contiguous(mx.moveaxis(a, -1, 1)) for a in (x, cotangent))
+    if g.channels_last:
+        x, cotangent = (mx.contiguous(mx.moveaxis(a, -1, 1)) for a in (x, cotangent))
     if g.transposed: x, cotangent = cotangent, x
     xs, ys = (a.reshape(len(a), g.groups, -1, *a.shape[2:]) for a in (x, cotangent))
     xs = mx.flatten(xs.swapaxes(0, 2), 1, 2)  # (C/groups, groups * N, *spatial)

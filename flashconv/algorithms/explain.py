@@ -66,12 +66,12 @@ class Explanation(tuple):
                                    for i, (c, n) in enumerate(zip(row, widths))).rstrip()
                          for row in rows)
 
-# %% ../../nbs/algorithms/explain.ipynb #21571465
+# %% ../../nbs/algorithms/explain.ipynb #495cd1e5
 def explain(
     call: Callable,  # a layer, or a function of the input: `partial(conv2d, weight=w, stride=2)`
     input_shape: tuple,  # of the input, in the layout that the call takes
     dtype: mx.Dtype = mx.float32,  # of the input
-) -> Explanation:  # `Run`s, in the order in which they are made
+) -> Explanation:  # one run per convolution, in the order in which they are made
     """What would run for an input of a shape, forward and for both gradients. Nothing is computed.
 
     Raises what the call raises for such an input.

@@ -57,8 +57,12 @@ def _padded_and_multiplied(x, w, g):
     if g.channels_last and (g.groups > 1 or not blas.fast()): x = mx.contiguous(x)
     return _multiplied(pad_axes(x, {2 + axis: p for axis, p in enumerate(g.padding)}), w, g)
 
-# %% ../../nbs/algorithms/matmul.ipynb #a26a9c71
-def column_bytes(g: Geometry, channels: int, itemsize: int) -> int:
+# %% ../../nbs/algorithms/matmul.ipynb #eb2f6303
+def column_bytes(
+    g: Geometry,  # of a convolution that is not transposed
+    channels: int,  # of the input
+    itemsize: int,  # bytes of a value
+) -> int:  # bytes, 0 where nothing is copied
     "The size of all columns of a convolution with `channels` inputs."
     places = prod(g.output_shape) // g.output_shape[-1 if g.channels_last else 1]
     return places * channels * prod(g.kernel_size) * itemsize if prod(g.kernel_size) > 1 else 0

@@ -13,8 +13,11 @@ from ..arithmetic import Geometry, effective_kernel_size
 from ..dilation import insert_zeros
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/native.ipynb #44d076ba
-def swap_channels(w: mx.array, groups: int) -> mx.array:
+# %% ../../nbs/algorithms/native.ipynb #c63f4ca0
+def swap_channels(
+    w: mx.array,  # (groups * a, b, *kernel_size)
+    groups: int,  # blocks of channels that don't see each other
+) -> mx.array:  # (groups * b, a, *kernel_size)
     "`(groups * a, b, *kernel)` as `(groups * b, a, *kernel)`."
     if groups == 1: return w.swapaxes(0, 1)
     blocks = w.reshape(groups, -1, *w.shape[1:])

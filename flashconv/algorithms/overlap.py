@@ -77,11 +77,11 @@ def _phase_sums(stamps, axes, kernel_size, rows, last):
         y = mx.unflatten(added(terms), 2 if last else 3, lengths)[tuple(keep)]
         yield phase, mx.moveaxis(y, 0, -2) if last else mx.moveaxis(y, 2, 0)
 
-# %% ../../nbs/algorithms/overlap.ipynb #bcba9e3d
+# %% ../../nbs/algorithms/overlap.ipynb #c001c6d5
 _MOST_TILES = 256
 
 def _tiles(axes, images, groups, outputs, size):
-    "(images, groups, outputs, rows) as slices, where a tap's product at one place takes `size` bytes."
+    "(images, groups, outputs, rows) as slices; a tap's product at one place takes `size` bytes."
     halo, count = _halo(axes), axes[0].count
     row = size * prod(axis.count + axis.span for axis in axes[1:])
     whole = row * (count + halo) * images * groups * outputs
@@ -114,9 +114,9 @@ def overlap_add(
         for where, part in _tile(x, w, g, axes, tile): y[where] = part.astype(y.dtype)
     return y.reshape(g.output_shape)
 
-# %% ../../nbs/algorithms/overlap.ipynb #5cc49bc9
+# %% ../../nbs/algorithms/overlap.ipynb #5c924ac3
 def _grouped(x, w, g):
-    "(groups, C, N, *spatial) and (groups, C, O, taps), or (groups, N, *spatial, C) and (.., taps, O)."
+    "(groups, C, N, *spatial), (groups, C, O, taps); or (groups, N, *spatial, C), (.., taps, O)."
     w = mx.flatten(mx.unflatten(w, 0, (g.groups, -1)), 3)
     if w.dtype in (mx.float16, mx.bfloat16): w = w.astype(mx.float32)
     if not g.channels_last: return mx.moveaxis(mx.unflatten(x, 1, (g.groups, -1)), 0, 2), w

@@ -17,8 +17,13 @@ from ..arithmetic import Geometry
 from ..dilation import insert_zeros
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/taps.ipynb #923245ff
-def slices(firsts, first_step, counts, step):
+# %% ../../nbs/algorithms/taps.ipynb #399b3579
+def slices(
+    firsts: tuple,  # how many slices, per axis
+    first_step: tuple,  # distance between their starts, per axis
+    counts: tuple,  # values in each, per axis
+    step: tuple,  # distance between those, per axis
+):  # yields (index, slice of the last axes)
     "For each index up to `firsts`, slices of `counts` values: from `index * first_step` by `step`."
     for index in product(*map(range, firsts)):
         starts = [i * f for i, f in zip(index, first_step)]

@@ -14,9 +14,9 @@ import mlx.core as mx
 from ..arithmetic import Geometry, effective_kernel_size
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/tiles.ipynb #93129821
+# %% ../../nbs/algorithms/tiles.ipynb #f32bdc4d
 def _runs(length, parts):
-    "`length` things in at most `parts` runs of equal length, but for the last: (start, stop) pairs."
+    "`length` things in at most `parts` runs of one length, but for the last: (start, stop) pairs."
     step = -(-length // parts)
     return [(i, min(i + step, length)) for i in range(0, length, step)]
 
