@@ -7,16 +7,19 @@ __all__ = ['BLUE', 'ORANGE', 'CYAN', 'INK', 'GREY', 'PAPER', 'WIDTH', 'HEIGHT', 
            'animation', 'matrix', 'padding_modes', 'receptive_field', 'dilation_taps', 'groups', 'overlap',
            'output_sizes', 'feature_maps', 'kernels', 'figure']
 
-# %% ../nbs/09_draw.ipynb #68c19b66
+# %% ../nbs/09_draw.ipynb #b18740ad
 import base64
+import re
 from dataclasses import dataclass, field
 from html import escape
 from io import BytesIO
 from math import ceil, prod
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from fastcore.basics import patch
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -59,7 +62,7 @@ for _n in range(5): _ROLES[f"count {_n}"] = (_mix("#2bb3aa", _n / 4), INK, 0.5, 
 for _n in range(-4, 5):
     _ROLES[f"signed {_n}"] = (_mix(ORANGE if _n > 0 else BLUE, abs(_n) / 4), INK, 0.5, "solid")
 
-# %% ../nbs/09_draw.ipynb #93e6ec5f
+# %% ../nbs/09_draw.ipynb #e515f920
 @dataclass(frozen=True, repr=False)
 class Picture:
     "A drawing that Jupyter shows, with the numbers in it."
@@ -70,23 +73,28 @@ class Picture:
 
     def __repr__(self): return self.alt
 
-    def save(
-        self,
-        path: str,  # ending in .svg, or in .gif for an animation
-    ) -> None:
-        "Write a file. ValueError for an ending that says something else."
-        ending = ".svg" if isinstance(self.data, str) else ".gif"
-        if Path(path).suffix.lower() != ending:
-            raise ValueError(f"this picture is saved as *{ending}, but got {str(path)!r}")
-        data = self.data.encode() if isinstance(self.data, str) else self.data
-        Path(path).write_bytes(data)
+# %% ../nbs/09_draw.ipynb #b0913c18
+@patch
+def save(
+    self: Picture,
+    path: str,  # ending in .svg, or in .gif for an animation
+) -> None:
+    "Write a file. ValueError for an ending that says something else."
+    ending = ".svg" if isinstance(self.data, str) else ".gif"
+    if Path(path).suffix.lower() != ending:
+        raise ValueError(f"this picture is saved as *{ending}, but got {str(path)!r}")
+    Path(path).write_bytes(self.data.encode() if isinstance(self.data, str) else self.data)
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
-        words = {"text/plain": self.alt}
-        if isinstance(self.data, str):
-            return words | {"image/svg+xml": self.data}, {"image/svg+xml": {"alt": self.alt}}
-        source = f"data:image/gif;base64,{base64.b64encode(self.data).decode()}"
-        return words | {"text/html": f'<img src="{source}" alt="{escape(self.alt)}">'}, {}
+# %% ../nbs/09_draw.ipynb #963b2105
+@patch
+def _repr_mimebundle_(self: Picture, include=None, exclude=None):
+    words = {"text/plain": self.alt}
+    if isinstance(self.data, str):
+        return words | {"image/svg+xml": self.data}, {"image/svg+xml": {"alt": self.alt}}
+    source = f"data:image/gif;base64,{base64.b64encode(self.data).decode()}"
+    width = f"max-width:100%;width:{int.from_bytes(self.data[6:8], 'little') / _DPI:.2f}in"
+    image = f'<img src="{source}" alt="{escape(self.alt)}" style="{width}">'
+    return words | {"text/html": image}, {}
 
 # %% ../nbs/09_draw.ipynb #0a42203a
 def _house():
@@ -98,19 +106,18 @@ def _house():
         "axes.titlesize": FONT, "legend.frameon": False, "savefig.dpi": 200,
         "axes.prop_cycle": "cycler('color', ['#2f6db3', '#d97706', '#0f9d94', '#6b6b6b'])"}])
 
-# %% ../nbs/09_draw.ipynb #2433a935
+# %% ../nbs/09_draw.ipynb #b593333c
 def _svg(figure, alt, caption):
-    "A figure as an SVG that describes itself and fits a narrow page."
-    file = BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    "A figure as a short SVG that describes itself and fits a narrow page."
+    file, nothing = BytesIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=nothing)
-    svg = file.getvalue().decode()
-    head, _, body = svg[svg.index("<svg") :].partition(">")
-    label = escape(alt)
-    return (f'{head} role="img" aria-label="{label}" style="max-width:100%;height:auto">\n'
-            f"<title>{escape(caption)}</title>\n<desc>{label}</desc>{body}")
+    svg = re.sub(r"<!--.*?-->|(?<=<g) id=\"[^\"]*\"", "", file.getvalue().decode(), flags=re.S)
+    svg = re.sub(r"(?<!scale\()(\b\d+\.\d\d)\d+", r"\1", re.sub(r"\s+", " ", svg))
+    head, _, body = svg[svg.index("<svg") :].replace("> <", "><").partition(">")
+    return (f'{head} role="img" style="max-width:100%;height:auto"><title>'
+            f"{escape(caption or alt)}</title><desc>{escape(alt)}</desc>{body}")
 
-# %% ../nbs/09_draw.ipynb #f21f8d1a
+# %% ../nbs/09_draw.ipynb #673764b6
 class _Sheet:
     "Cells, words and lines on white paper."
 
@@ -118,31 +125,36 @@ class _Sheet:
         self.cells, self.words, self.lines = {}, [], []
         self.box = [np.inf, np.inf, -np.inf, -np.inf]  # left, top, right, bottom
 
-    def _cover(self, left, top, right, bottom):
-        self.box = [*np.minimum(self.box[:2], (left, top)), *np.maximum(self.box[2:], (right, bottom))]
+    def cover(self, left, top, right, bottom):
+        "Let the paper reach as far."
+        low, high = np.minimum(self.box[:2], (left, top)), np.maximum(self.box[2:], (right, bottom))
+        self.box = [*low, *high]
 
-    def cell(self, x, y, edge, role, text=""):
-        "A square with its left upper corner at x, y."
-        self.cells.setdefault(role, []).append((x, y, edge))
-        self._cover(x, y, x + edge, y + edge)
-        colour = GREY if role in ("padding", "empty") else INK
-        if text: self.word(x + edge / 2, y + edge / 2, text, colour=colour)
+    def line(self, x0, y0, x1, y1):
+        self.lines.append(([x0, x1], [y0, y1]))
+        self.cover(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
 
-    def word(self, x, y, text, at="center", colour=INK):
-        "Text whose middle, or whose end by `at`, lies at x; y is its middle."
-        wide, half = _width(text), FONT / 144
-        left = x - wide * {"left": 0, "center": 0.5, "right": 1}[at]
-        self.words.append((x, y + 0.37 * FONT / 72, text, at, colour))
-        self._cover(left, y - half, left + wide, y + half)
+# %% ../nbs/09_draw.ipynb #62e0a40c
+@patch
+def cell(self: _Sheet, x, y, edge, role, text=""):
+    "A square with its left upper corner at x, y."
+    self.cells.setdefault(role, []).append((x, y, edge))
+    self.cover(x, y, x + edge, y + edge)
+    colour = GREY if role in ("padding", "empty") else INK
+    if text: self.word(x + edge / 2, y + edge / 2, text, colour=colour)
 
-    def line(self, x0, y0, x1, y1, colour=GREY, width=0.8):
-        self.lines.append(([x0, x1], [y0, y1], colour, width))
-        self._cover(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+@patch
+def word(self: _Sheet, x, y, text, at="center", colour=INK):
+    "Text whose middle, or whose end by `at`, lies at x; y is its middle."
+    wide, half = _width(text), FONT / 144
+    left = x - wide * {"left": 0, "center": 0.5, "right": 1}[at]
+    self.words.append((x, y + 0.37 * FONT / 72, text, at, colour))
+    self.cover(left, y - half, left + wide, y + half)
 
 # %% ../nbs/09_draw.ipynb #39c835e7
 def _width(text): return TextPath((0, 0), text, size=FONT).get_extents().width / 72 if text else 0
 
-# %% ../nbs/09_draw.ipynb #558f95c8
+# %% ../nbs/09_draw.ipynb #9c7b87e1
 _RIM, _GAP = 0.06, 0.016  # around the picture, and around each cell, in inches
 
 def _figure(sheet, box=None):
@@ -156,7 +168,7 @@ def _figure(sheet, box=None):
     figure = Figure((wide, high))
     ax = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
     ax.axis("off")
-    for xs, ys, colour, width in sheet.lines: ax.plot(xs, ys, color=colour, lw=width, zorder=1)
+    for xs, ys in sheet.lines: ax.plot(xs, ys, color=GREY, lw=0.8, zorder=1)
     for role in sorted(sheet.cells, key=[*_ROLES].index): _add_cells(ax, role, sheet.cells[role])
     for x, y, text, at, colour in sheet.words: ax.text(x, y, text, ha=at, color=colour)
     return figure
@@ -227,54 +239,54 @@ class _Case:
     output: np.ndarray  # what the layer gives
     longer: np.ndarray  # the padded input, or the transposed output before its ends are cut off
 
-# %% ../nbs/09_draw.ipynb #e4e5f61a
-def _case(what, size, stride=1, padding=0, dilation=1, output_padding=0, transposed=False,
+# %% ../nbs/09_draw.ipynb #7312c374
+def _case(what, size=None, stride=1, padding=0, dilation=1, output_padding=0, transposed=False,
           input=None):
     "Read off a layer, or make up, one kernel, and run it."
-    bias, mode = 0.0, "zeros"
-    if isinstance(what, _ConvNd):
-        kernel = _array("weight", what.weight[0, 0])
-        bias = 0.0 if what.bias is None else what.bias[0].item()
-        stride, padding, dilation, mode = what.stride, what.padding, what.dilation, what.padding_mode
+    bias, mode, is_layer = 0.0, "zeros", isinstance(what, _ConvNd)
+    if is_layer:
+        stride, padding, dilation, mode = (
+            getattr(what, name) for name in ("stride", "padding", "dilation", "padding_mode"))
         output_padding, transposed = what.output_padding, what.transposed
-    n, given = _axes(what, size, input)
-    if not isinstance(what, _ConvNd): kernel = given
-    x = _made_up(as_ints(size, n, "size")) if input is None else _array("input", input)
+        bias = 0.0 if what.bias is None else what.bias[0].item()
+    n = _axes(what, size, input)
+    kernel = _array("weight", what.weight[0, 0]) if is_layer else _kernel(what, n)
+    x = _made_up(as_ints(size, n, "size"), "size") if input is None else _array("input", input)
     if x.ndim != n: raise ValueError(f"input must have {n} axes, but got shape {x.shape}")
-    stride, dilation, output_padding = (
-        as_ints(value, n, name) for value, name in
-        ((stride, "stride"), (dilation, "dilation"), (output_padding, "output_padding")))
+    stride, dilation, output_padding = (as_ints(value, n, name) for value, name in (
+        (stride, "stride"), (dilation, "dilation"), (output_padding, "output_padding")))
     if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
     return _run(kernel, bias, x, stride, padding, dilation, output_padding, transposed, mode)
 
-# %% ../nbs/09_draw.ipynb #7c734ab8
+# %% ../nbs/09_draw.ipynb #70193923
 def _array(name, values):
     "Real numbers as float64."
-    if isinstance(values, mx.array): values = values.tolist()
-    values = np.asarray(values)
+    values = np.asarray(values.tolist() if isinstance(values, mx.array) else values)
     if values.dtype.kind not in "iuf":
         raise TypeError(f"{name} must be real numbers, but got {values.dtype}")
     return values.astype(np.float64)
 
-# %% ../nbs/09_draw.ipynb #d83fb851
+# %% ../nbs/09_draw.ipynb #593fc18b
 def _axes(what, size, input):
-    "The number of axes, and a kernel where `what` isn't a layer."
-    if size is None and input is None: raise TypeError("give a size, or an input")
-    lengths = [np.ndim(input)] if input is not None else [len(size)] if np.ndim(size) else []
-    if isinstance(what, _ConvNd): lengths = [len(what.kernel_size)]
-    elif isinstance(what, (list, np.ndarray, mx.array)): lengths = [(what := _array("kernel", what)).ndim]
-    elif isinstance(what, tuple): lengths = [len(what)]
-    n = lengths[0] if lengths else 1
+    "The number of axes. ValueError for any but 1 and 2."
+    if isinstance(what, _ConvNd): n = len(what.kernel_size)
+    elif isinstance(what, (list, np.ndarray, mx.array)): n = _array("kernel", what).ndim
+    elif isinstance(what, tuple): n = len(what)
+    elif input is not None: n = np.ndim(input)
+    elif size is None: raise TypeError("a size or an input is needed, but got neither")
+    else: n = len(size) if isinstance(size, (tuple, list)) else 1
     if n not in (1, 2): raise ValueError(f"1 or 2 spatial axes can be drawn, but got {n}")
-    if isinstance(what, (_ConvNd, np.ndarray)): return n, what
-    kernel = as_ints(what, n, "kernel_size")
-    arithmetic.effective_kernel_size(kernel)
-    return n, np.arange(1.0, kernel[0] + 1) if n == 1 else _made_up(kernel, 2)
+    return n
 
-# %% ../nbs/09_draw.ipynb #bc99a1a2
-def _made_up(shape, top=4):
+def _kernel(what, n):
+    "The kernel that is given, or one of the size that is given."
+    if isinstance(what, (list, np.ndarray, mx.array)): return _array("kernel", what)
+    return _made_up(as_ints(what, n, "kernel_size"), "kernel_size", 2)
+
+# %% ../nbs/09_draw.ipynb #96354753
+def _made_up(shape, name, top=4):
     "Values for an array of one or two axes."
-    if min(shape) < 1: raise ValueError(f"size must be at least 1, but got {shape}")
+    if min(shape) < 1: raise ValueError(f"{name} must be at least 1, but got {shape}")
     if len(shape) == 1: return np.arange(1.0, shape[0] + 1)
     rows, columns = np.indices(shape)
     return (3 * rows + columns) % top + 1.0
@@ -362,8 +374,8 @@ def _draw_window(sheet, case, step):
     draw = _draw_window_1d if case.kernel.ndim == 1 else _draw_window_2d
     draw(sheet, case, step, middle, names)
 
-# %% ../nbs/09_draw.ipynb #6c75c84d
-def _values(case): return np.concatenate([case.longer.ravel(), case.output.ravel(), case.kernel.ravel()])
+# %% ../nbs/09_draw.ipynb #7339160e
+def _values(case): return np.concatenate([*map(np.ravel, (case.longer, case.output, case.kernel))])
 
 def _draw_window_1d(sheet, case, step, middle, names):
     "Three rows, the kernel's cells in the columns that they lie on."
@@ -411,9 +423,9 @@ def _draw_window_2d(sheet, case, step, middle, names):
         x += wide + 0.35
         if i < 2: sheet.word(x - 0.175, high * edge / 2, "→" if case.transposed else "∗="[i])
 
-# %% ../nbs/09_draw.ipynb #eb6bb9f1
+# %% ../nbs/09_draw.ipynb #0836e6a9
 def window(
-    layer_or_kernel_size,  # a layer of one or two axes; taps, an int or a tuple; or a list of weights
+    layer_or_kernel_size,  # a layer; or taps, an int or a tuple; or weights, a list or an array
     size: int | tuple | None = None,  # of the input; None takes that of `input`
     *,
     stride: int | tuple = 1,  # step between windows
@@ -421,29 +433,33 @@ def window(
     dilation: int | tuple = 1,  # distance between neighbouring taps
     output_padding: int | tuple = 0,  # length added at the end of a transposed output
     transposed: bool = False,  # whether the convolution is transposed
-    step: int | None = None,  # place of the output (transposed: input) shown; None is the middle
+    step: int | None = None,  # which output (transposed: which input); None is the middle one
     input=None,  # values, of shape `size`; None makes some up
 ) -> Picture:
     """One step of a convolution: input, padding, taps, kernel and output, with their values.
 
-    Of a layer everything is read off, and its first kernel is drawn. Raises what the layer raises,
-    `ValueError` for three axes, a step that isn't there and a picture that would be too large.
+    Raises what the layer raises, and `ValueError` for three axes, a step or a size out of range.
     """
-    case = _case(layer_or_kernel_size, size, stride, padding, dilation, output_padding, transposed,
-                 input)
+    return _window(_case(layer_or_kernel_size, size, stride, padding, dilation, output_padding,
+                         transposed, input), step)
+
+# %% ../nbs/09_draw.ipynb #19534aa5
+def _window(case, step):
+    "One step of a case as a picture."
     step, sheet = _step(case, step), _Sheet()
     _draw_window(sheet, case, step)
-    return _picture(sheet, f"{_about(case)} {_about_step(case, step)}", _caption(case),
-                    **_numbers(case, step))
+    alt = f"{_about(case)} With its taps in orange: {_about_step(case, step)}."
+    return _picture(sheet, alt, _caption(case), **_numbers(case, step))
 
-# %% ../nbs/09_draw.ipynb #26c1ac7f
+# %% ../nbs/09_draw.ipynb #739818af
 def _step(case, step):
     "A step that exists."
     steps = prod(_places(case))
     if step is None: return steps // 2
     if isinstance(step, bool) or not hasattr(step, "__index__"):
         raise TypeError(f"step must be an int, but got {step!r}")
-    if not 0 <= step < steps: raise ValueError(f"step must be from 0 to {steps - 1}, but got {step}")
+    if not 0 <= step < steps:
+        raise ValueError(f"step must be from 0 to {steps - 1}, but got {step}")
     return int(step)
 
 def _numbers(case, step):
@@ -451,30 +467,31 @@ def _numbers(case, step):
     return {"input": case.input, "padded": None if case.transposed else case.longer,
             "kernel": case.kernel, "output": case.output, "taps": _taps(case, step), "step": step}
 
-# %% ../nbs/09_draw.ipynb #5d2432be
-def _by(shape): return " × ".join(map(str, shape))
+# %% ../nbs/09_draw.ipynb #c4d930bf
+def _by(numbers): return " × ".join(map(str, numbers))
 
 def _caption(case):
     "Kernel, and what differs from the defaults, in a line."
-    what = "Transposed convolution" if case.transposed else "Convolution"
-    options = [(name, given) for name, given, usual in (
+    text = "Transposed convolution" if case.transposed else "Convolution"
+    text += f", kernel {_by(case.kernel.shape)}"
+    for name, given, usual in (
         ("stride", case.stride, 1), ("padding", tuple(lo for lo, _ in case.padding), 0),
-        ("dilation", case.dilation, 1), ("output padding", case.output_padding, 0))
-        if set(given) != {usual}]
-    text = [f"{name} {_by(sorted(set(g)) if len(set(g)) == 1 else g)}" for name, g in options]
-    return ", ".join([f"{what}, kernel {_by(case.kernel.shape)}", *text])
+        ("dilation", case.dilation, 1), ("output padding", case.output_padding, 0)):
+        same = len(set(given)) == 1
+        if set(given) != {usual}: text += f", {name} {given[0] if same else _by(given)}"
+    return text
 
+# %% ../nbs/09_draw.ipynb #c07c71cb
 def _about(case):
+    "What is drawn whatever the step, in words."
     return (f"{_caption(case)}: {_by(case.input.shape)} inputs in blue give "
             f"{_by(case.output.shape)} outputs in cyan.")
 
 def _about_step(case, step):
-    "The chosen step in words."
-    value = _number(_short_side(case, step)[0].ravel()[step], 2)
-    place = ", ".join(str(i) for i in np.unravel_index(step, _places(case)))
-    if case.kernel.ndim == 2: place = f"({place})"
-    if case.transposed: return f"Input {place}, which is {value}, goes to the orange cells."
-    return f"Output {place} is {value}, computed from the orange cells."
+    "The chosen place and its value."
+    value, place = _short_side(case, step)[0].ravel()[step], np.unravel_index(step, _places(case))
+    name = ", ".join(map(str, place)) if len(place) == 1 else f"({place[0]}, {place[1]})"
+    return f"{'input' if case.transposed else 'output'} {name} is {_number(value, 2)}"
 
 # %% ../nbs/09_draw.ipynb #1bacbc23
 def _draw_small(sheet, case, step, x, y, edge):
@@ -493,7 +510,7 @@ def _small(case):
     return (wide, first[0] + second[0] + 0.5, ((wide - first[1]) / 2, 0),
             ((wide - second[1]) / 2, first[0] + 0.5))
 
-# %% ../nbs/09_draw.ipynb #ccc397f3
+# %% ../nbs/09_draw.ipynb #6a5f93aa
 def frames(
     layer_or_kernel_size,  # as in `window`, and so are `size` and what follows
     size: int | tuple | None = None,
@@ -502,20 +519,27 @@ def frames(
     **options,  # of `window`, without `step`
 ) -> Picture:
     "Several steps of a convolution next to each other. Raises what `window` raises."
-    case = _case(layer_or_kernel_size, size, **options)
-    last, sheet = prod(_places(case)) - 1, _Sheet()
-    steps = sorted({0, min(1, last), min(2, last), last}) if steps is None else steps
-    steps = [_step(case, step) for step in steps]
-    wide, high = _small(case)[:2]
-    columns = max(range(1, len(steps) + 1), key=lambda n: _frame_edge(n, len(steps), wide, high))
-    edge = _frame_edge(columns, len(steps), wide, high)
+    case, sheet = _case(layer_or_kernel_size, size, **options), _Sheet()
+    last = prod(_places(case)) - 1
+    if steps is None: steps = sorted({0, min(1, last), min(2, last), last})
+    if not steps: raise ValueError(f"steps must name at least one place, but got {steps!r}")
+    _draw_frames(sheet, case, steps := [_step(case, step) for step in steps])
+    alt = (f"{_about(case)} {len(steps)} frames, each with its taps in orange: "
+           f"{', '.join(_about_step(case, step) for step in steps)}.")
+    return _picture(sheet, alt, f"{_caption(case)}, step by step", steps=steps,
+                    **_numbers(case, steps[0]))
+
+# %% ../nbs/09_draw.ipynb #e12a0510
+def _draw_frames(sheet, case, steps):
+    "Frames in the rows and columns that make them largest."
+    wide, high, *_ = _small(case)
+    def fit(n): return _frame_edge(n, len(steps), wide, high)
+    columns = max(range(1, len(steps) + 1), key=fit)
+    edge = fit(columns)
     for i, step in enumerate(steps):
         x, y = i % columns * (wide * edge + 0.3), i // columns * (high * edge + 0.22)
         sheet.word(x + wide * edge / 2, y - 0.1, f"step {step}")
         _draw_small(sheet, case, step, x, y, edge)
-    return _picture(sheet, f"{_about(case)} {len(steps)} frames: " + " ".join(
-        _about_step(case, step) for step in steps), _caption(case) + ", step by step",
-        **_numbers(case, steps[0]) | {"steps": steps})
 
 # %% ../nbs/09_draw.ipynb #893f47de
 def _frame_edge(columns, count, wide, high):
@@ -523,7 +547,7 @@ def _frame_edge(columns, count, wide, high):
     rows = ceil(count / columns)
     return _edge(wide * columns, high * rows, WIDTH - 0.3 * (columns - 1), HEIGHT - 0.22 * rows)
 
-# %% ../nbs/09_draw.ipynb #3ee3989c
+# %% ../nbs/09_draw.ipynb #a9d1efbd
 def animation(
     layer_or_kernel_size,  # as in `window`, and so are `size` and what follows
     size: int | tuple | None = None,
@@ -539,19 +563,28 @@ def animation(
     boxes = np.array([sheet.box for sheet in sheets])
     box = [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)]
     with _house(): pages = [_raster(_figure(sheet, box)) for sheet in sheets]
-    file = BytesIO()
-    pages[0].save(file, "gif", save_all=True, append_images=pages[1:], loop=0, optimize=True,
-                  duration=round(1000 * seconds))
-    about = f"{_about(case)} {len(pages)} steps, one after the other."
-    return Picture(file.getvalue(), about, _caption(case), _numbers(case, 0))
+    alt = f"{_about(case)} {len(pages)} steps, one after the other, with their taps in orange."
+    return Picture(_gif(pages, seconds), alt, _caption(case), _numbers(case, 0))
 
-# %% ../nbs/09_draw.ipynb #3f6100c6
+# %% ../nbs/09_draw.ipynb #7196aef6
+_DPI = 144  # of animations
+
 def _raster(figure):
-    "A figure as a Pillow image of 32 colours."
+    "A figure as pixels, (height, width, 3)."
     canvas = FigureCanvasAgg(figure)
-    figure.set_dpi(144)
+    figure.set_dpi(_DPI)
     canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(32)
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+def _gif(pages, seconds):
+    "Pages of one size as the bytes of an animation, with one palette for all of them."
+    tall = Image.fromarray(np.concatenate(pages)).quantize(32)
+    each = tall.height // len(pages)
+    first, *rest = (tall.crop((0, y, tall.width, y + each)) for y in range(0, tall.height, each))
+    file = BytesIO()
+    first.save(file, "gif", save_all=True, append_images=rest, loop=0, optimize=True,
+               duration=round(1000 * seconds))
+    return file.getvalue()
 
 # %% ../nbs/09_draw.ipynb #b058449c
 def _columns(case, kernel):
@@ -563,7 +596,7 @@ def _columns(case, kernel):
                           case.output_padding, case.transposed, case.mode).output.ravel()
                      for unit in units], axis=1)
 
-# %% ../nbs/09_draw.ipynb #6402ec11
+# %% ../nbs/09_draw.ipynb #0cf8630b
 def matrix(
     layer_or_kernel,  # a layer; taps, an int or a tuple; or a list of weights
     size: int | tuple,  # of the input
@@ -573,21 +606,26 @@ def matrix(
 
     Raises what `window` raises.
     """
-    case = _case(layer_or_kernel, size, **options)
+    case, sheet = _case(layer_or_kernel, size, **options), _Sheet()
     weights, used = _columns(case, case.kernel), _columns(case, np.ones_like(case.kernel)) != 0
+    _draw_matrix(sheet, weights, used, case.kernel)
+    alt = (f"{_about(case)} As a matrix: {len(weights)} rows for outputs, {len(weights.T)} columns "
+           f"for inputs, {int(used.sum())} entries in orange, zeros elsewhere.")
+    return _picture(sheet, alt, f"{_caption(case)}, as a matrix", matrix=weights)
+
+# %% ../nbs/09_draw.ipynb #a0c01b64
+def _draw_matrix(sheet, weights, used, kernel):
+    "Numbered inputs above, numbered outputs on the left; what the kernel doesn't reach is empty."
     rows, columns = weights.shape
-    edge = _edge(columns + 1.3, rows + 1.3, WIDTH - 0.6, HEIGHT - 0.2, case.kernel)
-    sheet, texts = _Sheet(), np.where(used, _texts(weights, edge), "")
+    edge = _edge(columns + 1.3, rows + 1.3, WIDTH - 0.6, HEIGHT - 0.2, kernel)
+    texts = np.where(used, _texts(weights, edge), "")
     _grid(sheet, 0, 0, weights, np.where(used, "tap", "empty"), edge, texts)
     _grid(sheet, 0, -1.3 * edge, np.arange(columns), "input", edge)
     _grid(sheet, -1.3 * edge, 0, np.arange(rows)[:, None], "output", edge)
     sheet.word(columns * edge / 2, -1.3 * edge - 0.1, "input")
     sheet.word(-1.3 * edge - 0.08, rows * edge / 2, "output", "right")
-    alt = (f"{_about(case)} As a matrix: {rows} rows, {columns} columns, "
-           f"{int(used.sum())} entries in orange, zeros elsewhere.")
-    return _picture(sheet, alt, f"{_caption(case)}, as a matrix", matrix=weights)
 
-# %% ../nbs/09_draw.ipynb #012ab9d3
+# %% ../nbs/09_draw.ipynb #0c743b44
 def padding_modes(
     values: list,  # along one axis
     padding: int | tuple,  # cells added to each side, or before and after
@@ -597,21 +635,25 @@ def padding_modes(
     if values.ndim != 1: raise ValueError(f"values must have one axis, but got {values.shape}")
     before, after = as_ints(padding, 2, "padding")
     if min(before, after) < 0: raise ValueError(f"padding must be at least 0, but got {padding}")
-    modes = {name: np.array(pad(mx.array(values, mx.float32)[None], (before, after), mode)[0])
-             for name, mode in (("zeros", "constant"), ("reflect", "reflect"),
-                                ("replicate", "replicate"), ("circular", "circular"))}
+    strips, sheet = _modes(values, before, after), _Sheet()
     roles = ["padding"] * before + ["input"] * len(values) + ["padding"] * after
-    edge, sheet = _edge(len(roles), 5.2, WIDTH - 0.8, values=values), _Sheet()
-    for i, (name, row) in enumerate(modes.items()):
+    edge = _edge(len(roles), 5.2, WIDTH - 0.8, values=values)
+    for i, (name, row) in enumerate(strips.items()):
         sheet.word(-0.1, (1.3 * i + 0.5) * edge, name, "right")
         _grid(sheet, 0, 1.3 * i * edge, row, roles, edge)
     alt = f"{len(values)} values in blue, padded to {len(roles)}. " + " ".join(
-        f"{name}: {', '.join(_number(v, 2) for v in row.tolist())}." for name, row in modes.items())
-    return _picture(sheet, alt, "The four padding modes", **modes)
+        f"{name}: {', '.join(_number(v, 2) for v in row)}." for name, row in strips.items())
+    return _picture(sheet, alt, "The four padding modes", **strips)
 
-# %% ../nbs/09_draw.ipynb #13e363d8
-@dataclass
-class _Layer:
+# %% ../nbs/09_draw.ipynb #dcfca08a
+def _modes(values, before, after):
+    "Name of a layer's padding_mode -> the values padded that way."
+    names = {"zeros": "constant"} | {m: m for m in ("reflect", "replicate", "circular")}
+    return {name: np.array(pad(mx.array(values, mx.float32)[None], (before, after), mode)[0])
+            for name, mode in names.items()}
+
+# %% ../nbs/09_draw.ipynb #bcfc7ae4
+class _Layer(NamedTuple):
     "A layer in numbers, along one axis."
     kernel_size: int
     stride: int = 1
@@ -619,74 +661,67 @@ class _Layer:
     dilation: int = 1
 
 def _stack(layers, axis=0):
-    "Layers or tuples of numbers as `_Layer`s. TypeError for anything else."
+    "Layers, or numbers in their place, as `_Layer`s."
     if not isinstance(layers, (list, tuple)): layers = [layers]
     if not layers: raise ValueError("at least one layer is needed, but got none")
-    names = ("kernel_size", "stride", "padding", "dilation")
-    stack = []
-    for layer in layers:
-        if hasattr(layer, "kernel_size"):
-            arithmetic.receptive_field(layer, axis=axis)
-            numbers = [arithmetic._along(getattr(layer, name, usual), axis)
-                       for name, usual in zip(names, (1, 1, 0, 1))]
-        else: numbers = layer if isinstance(layer, (list, tuple)) else [layer]
-        stack.append(_Layer(*numbers))
-        arithmetic.output_size(2**20, **vars(stack[-1]))
+    arithmetic.receptive_field(*(layer for layer in layers if hasattr(layer, "kernel_size")))
+    stack = [_Layer(*(arithmetic._along(getattr(layer, name), axis) for name in _Layer._fields))
+             if hasattr(layer, "kernel_size") else
+             _Layer(*layer) if isinstance(layer, (list, tuple)) else _Layer(layer)
+             for layer in layers]
+    for layer in stack: arithmetic.output_size(2**30, *layer)
     return stack
 
-# %% ../nbs/09_draw.ipynb #c6467643
+# %% ../nbs/09_draw.ipynb #0425701a
 def _paths(stack):
-    "For each level, input first: place -> paths to output 0. And the lines between levels."
+    "For each level, input first, place -> paths to output 0; and the lines from level to level."
     levels, lines = [{0: 1}], []
-    for layer in reversed(stack):
-        before = arithmetic._padding_amounts(
-            layer.padding if isinstance(layer.padding, str) else (layer.padding,), (layer.stride,),
-            (layer.kernel_size,), (layer.dilation,))[0][0]
-        below, links = {}, []
-        for place, count in levels[0].items():
-            for tap in range(layer.kernel_size):
-                source = place * layer.stride - before + tap * layer.dilation
-                below[source] = below.get(source, 0) + count
-                links.append((source, place))
-        levels.insert(0, dict(sorted(below.items())))
+    for k, s, p, d in reversed(stack):
+        if isinstance(p, str): p = arithmetic.same_padding(k, d)[0] if p == "same" else 0
+        links = [(place * s - p + tap * d, place) for place in levels[0] for tap in range(k)]
+        counts = dict.fromkeys(sorted(source for source, _ in links), 0)
+        for source, place in links: counts[source] += levels[0][place]
+        levels.insert(0, counts)
         lines.insert(0, links)
     return levels, lines
 
-# %% ../nbs/09_draw.ipynb #d2c243db
+# %% ../nbs/09_draw.ipynb #22a030d2
 def _draw_cone(sheet, stack, text):
     "Levels as rows, the input on top; each cell in the middle of the inputs it depends on."
     levels, lines = _paths(stack)
     fields = [arithmetic.receptive_field(*stack[:i]) for i in range(len(levels))]
     size, _, start = fields[-1]
     edge = _edge(size, 1.8 * len(stack) + 1, WIDTH - 1.2)
-    pitch = min(1.8 * edge, (HEIGHT - 2 * _RIM - edge) / len(stack))
-    def middle(level, place):
-        return (fields[level].start + place * fields[level].jump + fields[level].size / 2 - start) * edge
-    for level, links in enumerate(lines):
-        for source, place in links:
-            sheet.line(middle(level, source), level * pitch + edge, middle(level + 1, place),
-                       (level + 1) * pitch, width=0.6)
-    for level, counts in enumerate(levels):
-        cells = range(start, start + size) if level == 0 else counts
-        for place in cells:
-            sheet.cell(middle(level, place) - edge / 2, level * pitch, edge,
-                       _cone_role(level, len(stack), place, counts), text(level, place, counts, edge))
-        name = "input" if level == 0 else "output" if level == len(stack) else f"layer {level}"
-        sheet.word(-0.1, level * pitch + edge / 2, name, "right")
-        if level: sheet.word(size * edge + 0.1, level * pitch + edge / 2,
-                             f"sees {fields[level].size}", "left")
+    def corner(level, place):
+        field = fields[level]
+        return (field.start - start + place * field.jump + (field.size - 1) / 2) * edge
+    for level, (counts, field) in enumerate(zip(levels, fields)):
+        y, last = 1.8 * edge * level, level == len(stack)
+        for place in counts if level else range(start, start + size):
+            role = "chosen output" if last else "output" if level else _cone_role(place, counts)
+            label = "" if level else text(place, counts, edge)
+            sheet.cell(corner(level, place), y, edge, role, label)
+        for source, place in [] if last else lines[level]:
+            sheet.line(corner(level, source) + edge / 2, y + edge,
+                       corner(level + 1, place) + edge / 2, y + 1.8 * edge)
+        _name_level(sheet, level, last, y + edge / 2, size * edge, field.size)
     return levels[0], fields[-1]
 
-# %% ../nbs/09_draw.ipynb #c177b8db
-def _cone_role(level, top, place, counts):
-    if level == top: return "chosen output"
-    if level: return "output"
+# %% ../nbs/09_draw.ipynb #bd74c09f
+def _name_level(sheet, level, last, y, right, sees):
+    name = "output" if last else f"layer {level}" if level else "input"
+    sheet.word(-0.1, y, name, "right")
+    if level: sheet.word(right + 0.1, y, f"sees {sees}", "left")
+
+# %% ../nbs/09_draw.ipynb #a47f9656
+def _cone_role(place, counts):
+    "What an input is to the output: read or not, and before the first one padding."
     if place not in counts: return "padding" if place < 0 else "input"
     return "tap on padding" if place < 0 else "tap"
 
 def _fitting(text, edge): return text if edge >= 0.15 and _width(text) <= edge - 0.05 else ""
 
-# %% ../nbs/09_draw.ipynb #7630bfc8
+# %% ../nbs/09_draw.ipynb #c720fd97
 def receptive_field(
     layers: list,  # layers, or (kernel_size, stride, padding, dilation), as many of these as needed
     *,
@@ -697,8 +732,8 @@ def receptive_field(
     Raises what `flashconv.arithmetic.receptive_field` raises, `ValueError` for a stack too wide.
     """
     stack, sheet = _stack(layers, axis), _Sheet()
-    used, seen = _draw_cone(sheet, stack, lambda level, place, counts, edge:
-                            "" if level else _fitting(_number(place, 0), edge))
+    used, seen = _draw_cone(sheet, stack, lambda place, counts, edge:
+                            _fitting(_number(place, 0), edge))
     alt = (f"{len(stack)} layers drawn as a cone. Output 0 sees {seen.size} inputs, from "
            f"{seen.start} to {seen.start + seen.size - 1}; the next output's field begins "
            f"{seen.jump} further.")
@@ -741,13 +776,13 @@ def _strips(kernels, dilations):
         f"At dilation {d}, {k} taps span {span}." for k, d, span in zip(kernels, dilations, spans))
     return _picture(sheet, alt, "Taps at several dilations", spans=spans)
 
-# %% ../nbs/09_draw.ipynb #fa9d1815
+# %% ../nbs/09_draw.ipynb #e8b9a815
 def _gridding(kernels, dilations):
     "A stack of dilated layers, with paths counted."
     paths, sheet = coverage(kernels, dilations), _Sheet()
     stack = [_Layer(k, 1, 0, d) for k, d in zip(kernels, dilations)]
-    _draw_cone(sheet, stack, lambda level, place, counts, edge:
-               "" if level else _fitting(str(counts.get(place, 0)), edge))
+    _draw_cone(sheet, stack, lambda place, counts, edge:
+               _fitting(str(counts.get(place, 0)), edge))
     blind = paths.count(0)
     alt = (f"Layers with dilations {', '.join(map(str, dilations))}: one output sees {len(paths)} "
            f"inputs, of which {blind or 'none'} {'are' if blind > 1 else 'is'} never used. Paths "
@@ -755,7 +790,7 @@ def _gridding(kernels, dilations):
     return _picture(sheet, alt, f"Paths to one output, dilations {', '.join(map(str, dilations))}",
                     paths=paths)
 
-# %% ../nbs/09_draw.ipynb #fe8f3ab6
+# %% ../nbs/09_draw.ipynb #b257cba5
 def groups(
     in_channels,  # channels of the input; or a layer, which has all three
     out_channels: int | None = None,  # channels of the output
@@ -765,23 +800,28 @@ def groups(
     if isinstance(in_channels, _ConvNd):
         layer = in_channels
         in_channels, out_channels, groups = layer.in_channels, layer.out_channels, layer.groups
-    probe = Conv1d(in_channels, out_channels, 1, groups=groups, bias=False)
+    probe, sheet = Conv1d(in_channels, out_channels, 1, groups=groups, bias=False), _Sheet()
     probe.weight = mx.ones_like(probe.weight)
     feeds = np.array(probe(mx.eye(in_channels)[..., None])[..., 0]) != 0
-    wide = [groups * max(in_channels, out_channels) // groups]
-    edge, sheet = _edge(wide[0] + 0.6 * (groups - 1), 5, WIDTH - 0.7), _Sheet()
-    places = [_group_places(n, groups, wide[0] // groups) for n in (in_channels, out_channels)]
-    for source, target in np.argwhere(feeds):
-        sheet.line((places[0][source] + 0.5) * edge, edge, (places[1][target] + 0.5) * edge, 4 * edge)
-    for row, role in ((0, "input"), (1, "output")):
-        sheet.word(-0.1, (4 * row + 0.5) * edge, role, "right")
-        for i, x in enumerate(places[row]):
-            sheet.cell(x * edge, 4 * row * edge, edge, role, _fitting(str(i), edge))
+    _draw_groups(sheet, feeds, groups)
     alt = (f"{in_channels} input channels in blue above {out_channels} output channels in cyan, "
            f"groups {groups}: inputs that feed each output {in_channels // groups}, outputs that "
            f"each input feeds {out_channels // groups}.")
     return _picture(sheet, alt, f"{in_channels} to {out_channels} channels, groups {groups}",
                     feeds=feeds)
+
+# %% ../nbs/09_draw.ipynb #9676d2c2
+def _draw_groups(sheet, feeds, groups):
+    "Inputs above outputs, a line for each pair that is connected."
+    wide = max(feeds.shape) // groups
+    edge = _edge(groups * (wide + 0.6), 5, WIDTH - 0.6)
+    inputs, outputs = (_group_places(n, groups, wide) for n in feeds.shape)
+    for source, target in np.argwhere(feeds):
+        sheet.line((inputs[source] + 0.5) * edge, edge, (outputs[target] + 0.5) * edge, 4 * edge)
+    for row, role, places in ((0, "input", inputs), (4, "output", outputs)):
+        sheet.word(-0.1, (row + 0.5) * edge, role, "right")
+        for i, x in enumerate(places):
+            sheet.cell(x * edge, row * edge, edge, role, _fitting(str(i), edge))
 
 # %% ../nbs/09_draw.ipynb #86af5e3d
 def _group_places(channels, groups, wide):
@@ -789,7 +829,7 @@ def _group_places(channels, groups, wide):
     each = channels // groups
     return [i // each * (wide + 0.6) + (wide - each) / 2 + i % each for i in range(channels)]
 
-# %% ../nbs/09_draw.ipynb #9ba107b8
+# %% ../nbs/09_draw.ipynb #fdb2de4d
 def overlap(
     layer_or_kernel_size,  # a transposed layer; or taps, an int or a tuple
     stride: int | tuple = 1,  # step between the stamps of neighbouring inputs
@@ -799,36 +839,46 @@ def overlap(
     dilation: int | tuple = 1,  # distance between neighbouring taps
     output_padding: int | tuple = 0,  # length added at the end
 ) -> Picture:
-    "The number of contributions to each output, and in one dimension the stamps. Errors: `window`'s."
-    case = _case(layer_or_kernel_size, size, stride, padding, dilation, output_padding, True)
-    if not case.transposed: raise ValueError(f"a transposed layer is needed, got {layer_or_kernel_size}")
-    case = _run(np.ones_like(case.kernel), 0.0, np.ones_like(case.input), case.stride,
-                tuple(lo for lo, _ in case.padding), case.dilation, case.output_padding, True, "zeros")
-    sheet, counts = _Sheet(), case.output.astype(int)
-    _draw_overlap(sheet, case)
-    values = sorted(set(counts.ravel().tolist()))
-    alt = (f"{_caption(case)}: {_by(counts.shape)} outputs from {_by(case.input.shape)} inputs get "
-           f"{', '.join(map(str, values))} contributions" + (
-               f": {', '.join(map(str, counts.tolist()))}." if counts.ndim == 1 else "."))
+    "How many inputs reach each output, and on one axis from where. Raises what `window` raises."
+    if getattr(layer_or_kernel_size, "transposed", True) is False:
+        raise ValueError(f"a transposed layer is needed, but got {layer_or_kernel_size}")
+    case, sheet = _ones(_case(layer_or_kernel_size, size, stride, padding, dilation,
+                              output_padding, True)), _Sheet()
+    (_draw_stamps if case.longer.ndim == 1 else _draw_counts)(sheet, case)
+    counts = case.output.round().astype(int)
+    listed = ", ".join(map(str, counts if counts.ndim == 1 else np.unique(counts)))
+    alt = (f"{_caption(case)}: {_by(case.input.shape)} inputs give {_by(counts.shape)} outputs. "
+           f"Contributions to {'each' if counts.ndim == 1 else 'an output'}: {listed}.")
     return _picture(sheet, alt, f"{_caption(case)}: contributions", counts=counts)
 
-# %% ../nbs/09_draw.ipynb #2d975161
-def _draw_overlap(sheet, case):
-    "Stamps in rows of their own above the counts; on two axes the counts alone."
-    inside, flat = _inside(case), case.longer.ndim == 1
-    rows = (1.15 * case.input.size + 1.4 if flat else case.longer.shape[0])
-    edge = _edge(case.longer.shape[-1], rows, WIDTH - 0.8)
-    if flat:
-        for i in range(case.input.size):
-            sheet.word(-0.1, (1.15 * i + 0.5) * edge, f"input {i}", "right")
-            for tap in np.flatnonzero(_taps(case, i)): sheet.cell(tap * edge, 1.15 * i * edge, edge, "tap")
-        sheet.word(-0.1, (rows - 0.5) * edge, "count", "right")
-    shades = np.array([f"count {n:.0f}" for n in (4 * case.longer / case.longer.max()).round().ravel()],
-                      object).reshape(case.longer.shape)
-    _grid(sheet, 0, (rows - 1) * edge if flat else 0, case.longer, np.where(inside, shades, "padding"),
-          edge, np.where(inside, _texts(case.longer, edge), ""))
+# %% ../nbs/09_draw.ipynb #7ba476a2
+def _ones(case):
+    "The same case with every weight and every input 1."
+    padding = tuple(lo for lo, _ in case.padding)
+    return _run(np.ones_like(case.kernel), 0.0, np.ones_like(case.input), case.stride, padding,
+                case.dilation, case.output_padding, case.transposed, "zeros")
 
-# %% ../nbs/09_draw.ipynb #549ebadb
+# %% ../nbs/09_draw.ipynb #24310fa8
+def _draw_stamps(sheet, case):
+    "A row for the stamp of each input, and one for the counts."
+    n = case.input.size
+    edge = _edge(case.longer.size, 1.15 * n + 1.4, WIDTH - 0.8)
+    for i in range(n):
+        sheet.word(-0.1, (1.15 * i + 0.5) * edge, f"input {i}", "right")
+        for tap in np.flatnonzero(_taps(case, i)):
+            sheet.cell(tap * edge, 1.15 * i * edge, edge, "tap", _fitting("1", edge))
+    sheet.word(-0.1, (1.15 * n + 0.9) * edge, "count", "right")
+    _draw_counts(sheet, case, (1.15 * n + 0.4) * edge, edge)
+
+def _draw_counts(sheet, case, y=0, edge=None):
+    "Counts, the darker the larger; what padding cuts off is dashed."
+    counts, inside = np.atleast_2d(case.longer.round().astype(int)), np.atleast_2d(_inside(case))
+    edge = edge or _edge(*counts.shape[::-1])
+    shades = [[f"count {4 * n // counts.max()}" for n in row] for row in counts]
+    _grid(sheet, 0, y, counts, np.where(inside, shades, "padding"), edge,
+          np.where(inside, _texts(counts, edge), ""))
+
+# %% ../nbs/09_draw.ipynb #2fdbb1c8
 def output_sizes(
     layer_or_kernel_size,  # a layer, or taps
     stride: int = 2,  # step between windows
@@ -837,11 +887,7 @@ def output_sizes(
     *,
     outputs: tuple = (3, 4, 5),  # output sizes shown
 ) -> Picture:
-    """Which input sizes give the same output size, and the output_padding that leads back to each.
-
-    Of a layer with several axes the first is drawn. `ValueError` for an output size that no input
-    has, `TypeError` for padding in words.
-    """
+    "Input sizes that give one output size, and the output_padding that leads back to each."
     names = ("kernel_size", "stride", "padding", "dilation")
     given = (layer_or_kernel_size, stride, padding, dilation)
     if isinstance(layer_or_kernel_size, _ConvNd):
@@ -850,6 +896,7 @@ def output_sizes(
     ways = [way for output in outputs for way in _ways(output, k, s, p, d)]
     return _draw_sizes(ways, f"kernel {k}, stride {s}, padding {p}, dilation {d}")
 
+# %% ../nbs/09_draw.ipynb #0353621a
 def _ways(output, k, s, p, d):
     "All input sizes that give an output size, as (input size, output size, output_padding)."
     smallest = arithmetic.transposed_output_size(output, k, s, p, 0, d)
@@ -879,7 +926,7 @@ def _draw_sizes(ways, about):
         f"{', '.join(str(size) for size, to, _ in ways if to == o)} give {o}." for o in outputs)
     return _picture(sheet, alt, f"Sizes, {about}", ways=ways)
 
-# %% ../nbs/09_draw.ipynb #6e4ba886
+# %% ../nbs/09_draw.ipynb #083044c4
 def feature_maps(
     layer_or_output,  # a layer, with `x`; or what it gave, (channels, *spatial)
     x: mx.array | None = None,  # input of the layer, (in_channels, *spatial)
@@ -890,64 +937,82 @@ def feature_maps(
 
     `ValueError` for a batch, or more axes than two besides the channels.
     """
-    maps = _array("the output", layer_or_output if x is None else layer_or_output(x))
-    axes = len(layer_or_output.kernel_size) if isinstance(layer_or_output, _ConvNd) else 2
-    if maps.ndim == axes + 2 and len(maps) == 1: maps = maps[0]
-    if getattr(layer_or_output, "data_format", "") == "channels_last": maps = np.moveaxis(maps, -1, 0)
-    if maps.ndim == 2: maps = maps[:, None]
-    if maps.ndim != 3 or not maps.size:
-        raise ValueError(f"(channels, height, width) or (channels, length) is drawn, but got an "
-                         f"output of shape {maps.shape}")
+    maps = _maps(layer_or_output, x)
     shown = maps[:most]
-    with _house(): figure = _images(shown)
     alt = (f"{len(shown)} of {len(maps)} feature maps of {_by(maps.shape[1:])}, black at "
            f"{_number(shown.min(), 2)}, white at {_number(shown.max(), 2)}.")
     caption = f"{len(shown)} of {len(maps)} feature maps"
-    with _house(): return Picture(_svg(figure, alt, caption), alt, caption, {"maps": shown})
+    with _house(): return Picture(_svg(_images(shown), alt, caption), alt, caption, {"maps": shown})
 
-# %% ../nbs/09_draw.ipynb #de1032d1
+# %% ../nbs/09_draw.ipynb #efc96335
+def _maps(layer, x):
+    "What a layer gives, or gave, as (channels, height, width)."
+    maps, axes = _array("the output", layer if x is None else layer(x)), 2
+    if isinstance(layer, _ConvNd): axes = len(layer.kernel_size)
+    if maps.ndim == axes + 2 and len(maps) == 1: maps = maps[0]
+    if getattr(layer, "data_format", "") == "channels_last": maps = np.moveaxis(maps, -1, 0)
+    if maps.ndim == 2: maps = maps[:, None]
+    if maps.ndim == 3 and maps.size: return maps
+    raise ValueError("(channels, height, width) or (channels, length) can be drawn, but got an "
+                     f"output of shape {maps.shape}")
+
+# %% ../nbs/09_draw.ipynb #25c22085
+def _tiles(count, wide, high, gap):
+    "The columns with which that many tiles become largest, and the scale they then have."
+    def scale(n):
+        rows = ceil(count / n)
+        return min((WIDTH - 2 * _RIM) / (n * (wide + gap) - gap),
+                   (HEIGHT - 2 * _RIM) / (rows * (high + gap) - gap))
+    columns = max(range(1, count + 1), key=scale)
+    return columns, scale(columns)
+
+# %% ../nbs/09_draw.ipynb #fe77b070
 def _images(images):
-    "Grey pictures in the rows and columns that make them largest."
-    high, wide = images.shape[1:]
-    high = max(high, wide / 12)  # what has one axis is drawn as a strip
-    def scale(n): return min((WIDTH - 0.12) / n / wide, (HEIGHT - 0.12) / ceil(len(images) / n) / high)
-    columns = max(range(1, len(images) + 1), key=scale)
-    unit, rows = min(scale(columns), 1.6 / wide), ceil(len(images) / columns)
-    size = np.array((columns * wide * unit + 0.12, rows * high * unit + 0.12))
+    "Grey pictures side by side."
+    wide, high = images.shape[2], max(images.shape[1], images.shape[2] / 12)  # strips have one axis
+    columns, scale = _tiles(len(images), wide, high, 0)
+    wide, high = np.array((wide, high)) * min(scale, 1.6 / wide)
+    size = np.array((columns * wide, ceil(len(images) / columns) * high)) + 2 * _RIM
     figure = Figure(size)
     for i, image in enumerate(images):
-        left, top = 0.06 + i % columns * wide * unit, size[1] - 0.06 - i // columns * high * unit
-        rect = (left + 0.02, top - high * unit + 0.02, wide * unit - 0.04, high * unit - 0.04)
-        ax = figure.add_axes(np.array(rect) / np.tile(size, 2), xticks=[], yticks=[])
+        left, bottom = _RIM + i % columns * wide, size[1] - _RIM - (i // columns + 1) * high
+        place = np.array((left + 0.02, bottom + 0.02, wide - 0.04, high - 0.04)) / np.tile(size, 2)
+        ax = figure.add_axes(place, xticks=[], yticks=[])
         ax.imshow(image, cmap="gray", vmin=images.min(), vmax=images.max(), aspect="auto")
         ax.spines[:].set(visible=True, color=GREY, linewidth=0.5)
     return figure
 
-# %% ../nbs/09_draw.ipynb #c4738a0a
+# %% ../nbs/09_draw.ipynb #6f3c4b60
 def kernels(
     layer,  # of one or two axes
     *,
     most: int = 8,  # kernels drawn
 ) -> Picture:
     "The first kernels of a layer, for its first input channel: orange is above 0, blue below."
-    if not isinstance(layer, _ConvNd): raise TypeError(f"layer must be a flashconv layer, got {layer!r}")
-    n, _ = _axes(layer, 0, None)
+    if not isinstance(layer, _ConvNd):
+        raise TypeError(f"layer must be a layer of flashconv, but got {type(layer).__name__}")
+    _axes(layer, None, None)
     weight = _array("weight", layer.weight)
-    weight = np.swapaxes(weight, 0, 1) if layer.transposed else weight
-    shown = weight[:most, 0].reshape(-1, *(weight.shape[2:] if n == 2 else (1, weight.shape[2])))
-    def fit(c): return _edge(shown.shape[2] * c, shown.shape[1] * ceil(len(shown) / c),
-                             WIDTH - 0.15 * (c - 1), HEIGHT - 0.15 * (ceil(len(shown) / c) - 1), shown)
-    columns, sheet = max(range(1, len(shown) + 1), key=fit), _Sheet()
-    edge, largest = fit(columns), np.abs(shown).max() or 1.0
-    for i, kernel in enumerate(shown):
-        x, y = (i % columns * (shown.shape[2] * edge + 0.15), i // columns * (shown.shape[1] * edge + 0.15))
-        roles = [[f"signed {round(4 * v / largest)}" for v in row] for row in kernel]
-        _grid(sheet, x, y, kernel, roles, edge, _texts(shown, edge)[i])
-    alt = (f"{len(shown)} of {len(weight)} kernels of {_by(layer.kernel_size)} weights, from "
+    all = np.swapaxes(weight, 0, 1)[:, 0] if layer.transposed else weight[:, 0]
+    shown, sheet = all[:most], _Sheet()
+    _draw_kernels(sheet, shown if shown.ndim == 3 else shown[:, None])
+    alt = (f"{len(shown)} of {len(all)} kernels of {_by(layer.kernel_size)} weights, from "
            f"{_number(shown.min(), 2)} to {_number(shown.max(), 2)}; orange above 0, blue below.")
-    return _picture(sheet, alt, f"{len(shown)} of {len(weight)} kernels", weights=shown)
+    return _picture(sheet, alt, f"{len(shown)} of {len(all)} kernels", weights=shown)
 
-# %% ../nbs/09_draw.ipynb #2f326032
+# %% ../nbs/09_draw.ipynb #58db2614
+def _draw_kernels(sheet, kernels):
+    "Kernels side by side, shaded by their weights."
+    count, high, wide = kernels.shape
+    columns, edge = _tiles(count, wide, high, 0.5)
+    edge, largest = min(edge, _edge(1, 1, values=kernels)), np.abs(kernels).max() or 1.0
+    texts = _texts(kernels, edge)
+    for i, kernel in enumerate(kernels):
+        x, y = i % columns * (wide + 0.5) * edge, i // columns * (high + 0.5) * edge
+        roles = [[f"signed {round(4 * v / largest)}" for v in row] for row in kernel.tolist()]
+        _grid(sheet, x, y, kernel, roles, edge, texts[i])
+
+# %% ../nbs/09_draw.ipynb #c8a592e9
 def figure(
     plot,  # called with the axes, an array of them where there are several
     width: float = 6.0,  # in inches, 6 at most
@@ -961,7 +1026,8 @@ def figure(
 ) -> Picture:
     "What a function draws on matplotlib axes, in the house style. ValueError for a larger picture."
     if not (0 < width <= WIDTH and 0 < height <= HEIGHT):
-        raise ValueError(f"a picture has {WIDTH} x {HEIGHT} inches at most, but got {width} x {height}")
+        raise ValueError(f"a picture has {WIDTH} x {HEIGHT} inches at most, but got {width} x "
+                         f"{height}")
     if not alt: raise ValueError("alt must say what is seen, but got nothing")
     with _house():
         page = Figure((width, height), layout="constrained")
