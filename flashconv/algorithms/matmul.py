@@ -39,12 +39,12 @@ def _unfolded(x, g, out):
         x = mx.stack([x[:, :, :, start : start + last : g.stride[axis]] for start in starts], 2)
     return x
 
-# %% ../../nbs/algorithms/matmul.ipynb #bed87afe
+# %% ../../nbs/algorithms/matmul.ipynb #069ccc0c
 def _multiplied(x, w, g):
     "A padded input (N, C, *spatial) times the weight, in the layout that the geometry asks for."
     column, w = columns(x, g), w.reshape(g.groups, len(w) // g.groups, -1)
     if g.groups == 1 and blas.fast() and (g.channels_last or column.shape[3] < 64):
-        y = column[:, 0].swapaxes(1, 2) @ w[0].T  # (N, places, O)
+        y = column[:, 0].swapaxes(1, 2) @ w.swapaxes(1, 2)  # (N, places, O)
         return (y if g.channels_last else y.swapaxes(1, 2)).reshape(g.output_shape)
     y = w @ column
     if not g.channels_last: return y.reshape(g.output_shape)
