@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['convolve', 'input_gradient', 'weight_gradient', 'add_bias']
 
-# %% ../../nbs/algorithms/derivatives.ipynb #9ca754f4
+# %% ../../nbs/algorithms/derivatives.ipynb #cf39c597
 from dataclasses import replace
 from functools import lru_cache
 
 import mlx.core as mx
 
 from .choice import choose
+from .matmul import matmul
 from .native import as_convolution
 from ..arithmetic import Geometry, transposed_output_size
 
@@ -89,7 +90,7 @@ def weight_gradient(
                        g.groups, False, False, (len(xs), len(ys), *g.kernel_size))
     return convolve(xs, ys, swapped).swapaxes(0, 1)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #b7180d8c
+# %% ../../nbs/algorithms/derivatives.ipynb #8a8b5faf
 def _is_a_product(g):
     "Whether each output sees one place, in one group."
     padding = {amount for pair in g.padding for amount in pair}
@@ -97,11 +98,12 @@ def _is_a_product(g):
 
 def _rows_product(x, cotangent, g):
     "The weight gradient of such a layer."
-    dtype = x.dtype
+    dtype, w_shape = x.dtype, (cotangent.shape[-1], x.shape[-1], *g.kernel_size)
+    for seen in _watchers: seen.append((matmul, x, mx.zeros(w_shape, dtype), g))
     if dtype in (mx.float16, mx.bfloat16):
         x, cotangent = x.astype(mx.float32), cotangent.astype(mx.float32)
     w = mx.flatten(cotangent, 0, -2).T @ mx.flatten(x, 0, -2)
-    return w.reshape(*w.shape, *g.kernel_size).astype(dtype)
+    return w.reshape(w_shape).astype(dtype)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #b970cd82
 def add_bias(

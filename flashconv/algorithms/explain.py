@@ -39,7 +39,7 @@ def _watched(call, *args):
 
 def _runs(part, call): return [_run(part, *each) for each in _watched(call)]
 
-# %% ../../nbs/algorithms/explain.ipynb #837c4ca8
+# %% ../../nbs/algorithms/explain.ipynb #585ef195
 def _run(part, algorithm, x, w, g):
     "What there is to say about one convolution."
     name, why = algorithm.__name__, choice.choose_and_say_why(g, w.shape, x.dtype)[1]
@@ -47,7 +47,7 @@ def _run(part, algorithm, x, w, g):
     column = column_bytes(g, channels, size)
     sums, values = prod(g.output_shape) * size, x.size // channels
     workspace = dict(native=column, matmul=column, taps=3 * sums,
-                     places=8 * prod(g.kernel_size) * len(x) * channels * size,
+                     places=column,
                      overlap_add=prod(g.kernel_size) * values * w.shape[1] * g.groups * size,
                      fft=2 * (x.size * size + sums))
     places = values if g.transposed else sums // size // len(w)
