@@ -47,37 +47,6 @@ class _ConvTransposeNd(_ConvNd):
                          transposed, output_padding, groups, bias, padding_mode, device, dtype,
                          data_format=data_format)
 
-# %% ../nbs/06_transposed.ipynb #65441666
-@patch
-def _output_padding(
-    self: _ConvTransposeNd,
-    input: mx.array,  # what the layer is called with
-    output_size: tuple | None,  # sizes wanted, perhaps with batch and channels in front
-    stride: tuple,  # step per axis
-    padding: tuple,  # length cut off each side per axis
-    kernel_size: tuple,  # taps per axis
-    num_spatial_dims: int,  # number of axes
-    dilation: tuple | None = None,  # distance between neighbouring taps per axis
-) -> tuple:  # `output_padding` per axis
-    "The `output_padding` that gives `output_size`. ValueError says which sizes there are."
-    n = num_spatial_dims
-    if output_size is None: return as_tuple(self.output_padding, n)
-    leading = input.ndim - n
-    given = len(output_size)
-    if given not in (n, n + leading):
-        raise ValueError(f"ConvTranspose{n}D: for {input.ndim}D input, output_size must have {n} "
-                         f"or {n + leading} elements (got {given})")
-    wanted = as_ints(tuple(output_size)[given - n :], n, "output_size")
-    last = self.data_format == "channels_last"
-    spatial = input.shape[leading - last : input.ndim - last]
-    smallest = transposed_output_size(spatial, kernel_size, stride, padding, 0,
-                                      1 if dilation is None else dilation)
-    largest = tuple(size + s - 1 for size, s in zip(smallest, stride))
-    if any(not lo <= size <= hi for lo, size, hi in zip(smallest, wanted, largest)):
-        raise ValueError(f"requested an output size of {wanted}, but valid sizes range from "
-                         f"{list(smallest)} to {list(largest)} (for an input of {list(spatial)})")
-    return tuple(size - lo for size, lo in zip(wanted, smallest))
-
 # %% ../nbs/06_transposed.ipynb #8191109b
 class _ConvTranspose(_ConvTransposeNd):
     "A transposed layer over `num_spatial_dims` axes."
@@ -110,6 +79,37 @@ class _ConvTranspose(_ConvTransposeNd):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, True,
                          output_padding, groups, bias, padding_mode, device, dtype,
                          data_format=data_format)
+
+# %% ../nbs/06_transposed.ipynb #65441666
+@patch
+def _output_padding(
+    self: _ConvTransposeNd,
+    input: mx.array,  # what the layer is called with
+    output_size: tuple | None,  # sizes wanted, perhaps with batch and channels in front
+    stride: tuple,  # step per axis
+    padding: tuple,  # length cut off each side per axis
+    kernel_size: tuple,  # taps per axis
+    num_spatial_dims: int,  # number of axes
+    dilation: tuple | None = None,  # distance between neighbouring taps per axis
+) -> tuple:  # `output_padding` per axis
+    "The `output_padding` that gives `output_size`. ValueError says which sizes there are."
+    n = num_spatial_dims
+    if output_size is None: return as_tuple(self.output_padding, n)
+    leading = input.ndim - n
+    given = len(output_size)
+    if given not in (n, n + leading):
+        raise ValueError(f"ConvTranspose{n}D: for {input.ndim}D input, output_size must have {n} "
+                         f"or {n + leading} elements (got {given})")
+    wanted = as_ints(tuple(output_size)[given - n :], n, "output_size")
+    last = self.data_format == "channels_last"
+    spatial = input.shape[leading - last : input.ndim - last]
+    smallest = transposed_output_size(spatial, kernel_size, stride, padding, 0,
+                                      1 if dilation is None else dilation)
+    largest = tuple(size + s - 1 for size, s in zip(smallest, stride))
+    if any(not lo <= size <= hi for lo, size, hi in zip(smallest, wanted, largest)):
+        raise ValueError(f"requested an output size of {wanted}, but valid sizes range from "
+                         f"{list(smallest)} to {list(largest)} (for an input of {list(spatial)})")
+    return tuple(size - lo for size, lo in zip(wanted, smallest))
 
 # %% ../nbs/06_transposed.ipynb #c9535387
 @patch
