@@ -21,7 +21,7 @@ from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-# %% ../nbs/tutorials/photograph.ipynb #d0675d97
+# %% ../nbs/tutorials/photograph.ipynb #49a3459d
 LARGEST, SMALLEST = 640, 16  # pixels a side
 
 # %% ../nbs/tutorials/photograph.ipynb #54f10e7e
@@ -80,9 +80,9 @@ def sheet(
         ax.set_xlabel(caption, loc="left", color="#333333", size=2.3 + 2.2 * panel)
     return figure
 
-# %% ../nbs/tutorials/photograph.ipynb #fba8a70d
+# %% ../nbs/tutorials/photograph.ipynb #c9be80dd
 def save(
-    figure: Figure,
+    figure: Figure,  # matplotlib's
     file,  # a path, or a file open for writing
 ) -> None:
     "Write a figure as a PNG of 256 colours, with the one in the corner made white."
@@ -190,11 +190,11 @@ class Step(NamedTuple):
         shapes = f"{str(self.shape):<14} -> {str(self.output.shape):<14}"
         return f"{self.name:<11}{shapes}{self.ms:8.1f} ms  {self.layer}"
 
-# %% ../nbs/tutorials/photograph.ipynb #7271fea1
+# %% ../nbs/tutorials/photograph.ipynb #7aba9043
 def apply(
     name: str,  # what the layer shows
     caption: str,  # how; {size} and {channels} become width x height after and channels before
-    layer: nn.Conv2d | nn.ConvTranspose2d | nn.LazyConv2d,
+    layer: nn.Conv2d | nn.ConvTranspose2d | nn.LazyConv2d,  # what is called
     x: mx.array,  # (channels, height, width)
     prepare=None,  # called with the layer after its first call, to set its weight
 ) -> Step:

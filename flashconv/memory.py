@@ -10,7 +10,7 @@ import os
 
 import mlx.core as mx
 
-# %% ../nbs/11_memory.ipynb #d9220be4
+# %% ../nbs/11_memory.ipynb #253bd018
 _MLX_LIMIT, _LIMIT = 32 * 2**20, 2**30  # bytes
 
 def raise_cache_limit() -> None:
@@ -18,7 +18,7 @@ def raise_cache_limit() -> None:
 
     Called once, by `import flashconv`. Another limit than MLX's own is somebody's choice, and
     stays; `mx.set_cache_limit` after the import has the last word.
-    Source: <https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.set_cache_limit.html>
+    Source: <https://ml-explore.github.io/mlx/build/html/python/memory_management.html>
     """
     if mx.default_device().type == mx.gpu: return
     before = mx.set_cache_limit(2**40)  # the old limit is told to whoever sets a new one
