@@ -7,10 +7,11 @@ __all__ = ['BLUE', 'ORANGE', 'CYAN', 'INK', 'GREY', 'PAPER', 'WIDTH', 'HEIGHT', 
            'animation', 'matrix', 'padding_modes', 'receptive_field', 'dilation_taps', 'groups', 'overlap',
            'output_sizes', 'feature_maps', 'kernels', 'figure']
 
-# %% ../nbs/09_draw.ipynb #b18740ad
+# %% ../nbs/09_draw.ipynb #5b9add77
 import base64
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from html import escape
 from io import BytesIO
 from math import ceil, prod
@@ -151,8 +152,12 @@ def word(self: _Sheet, x, y, text, at="center", colour=INK):
     self.words.append((x, y + 0.37 * FONT / 72, text, at, colour))
     self.cover(left, y - half, left + wide, y + half)
 
-# %% ../nbs/09_draw.ipynb #39c835e7
-def _width(text): return TextPath((0, 0), text, size=FONT).get_extents().width / 72 if text else 0
+# %% ../nbs/09_draw.ipynb #55058fe8
+@lru_cache(maxsize=4096)
+def _width(text):
+    "Of a word, in inches, whatever the reader's font."
+    if not text: return 0
+    return TextPath((0, 0), text, size=FONT, prop="DejaVu Sans").get_extents().width / 72
 
 # %% ../nbs/09_draw.ipynb #9c7b87e1
 _RIM, _GAP = 0.06, 0.016  # around the picture, and around each cell, in inches
@@ -926,7 +931,7 @@ def _draw_sizes(ways, about):
         f"{', '.join(str(size) for size, to, _ in ways if to == o)} give {o}." for o in outputs)
     return _picture(sheet, alt, f"Sizes, {about}", ways=ways)
 
-# %% ../nbs/09_draw.ipynb #083044c4
+# %% ../nbs/09_draw.ipynb #e4f25a98
 def feature_maps(
     layer_or_output,  # a layer, with `x`; or what it gave, (channels, *spatial)
     x: mx.array | None = None,  # input of the layer, (in_channels, *spatial)
@@ -938,7 +943,7 @@ def feature_maps(
     `ValueError` for a batch, or more axes than two besides the channels.
     """
     maps = _maps(layer_or_output, x)
-    shown = maps[:most]
+    shown = _first(maps, most)
     alt = (f"{len(shown)} of {len(maps)} feature maps of {_by(maps.shape[1:])}, black at "
            f"{_number(shown.min(), 2)}, white at {_number(shown.max(), 2)}.")
     caption = f"{len(shown)} of {len(maps)} feature maps"
@@ -955,6 +960,11 @@ def _maps(layer, x):
     if maps.ndim == 3 and maps.size: return maps
     raise ValueError("(channels, height, width) or (channels, length) can be drawn, but got an "
                      f"output of shape {maps.shape}")
+
+# %% ../nbs/09_draw.ipynb #93c8cbee
+def _first(all, most):
+    if most < 1: raise ValueError(f"most must be at least 1, but got {most}")
+    return all[:most]
 
 # %% ../nbs/09_draw.ipynb #25c22085
 def _tiles(count, wide, high, gap):
@@ -982,7 +992,7 @@ def _images(images):
         ax.spines[:].set(visible=True, color=GREY, linewidth=0.5)
     return figure
 
-# %% ../nbs/09_draw.ipynb #6f3c4b60
+# %% ../nbs/09_draw.ipynb #3d1a8937
 def kernels(
     layer,  # of one or two axes
     *,
@@ -994,7 +1004,7 @@ def kernels(
     _axes(layer, None, None)
     weight = _array("weight", layer.weight)
     all = np.swapaxes(weight, 0, 1)[:, 0] if layer.transposed else weight[:, 0]
-    shown, sheet = all[:most], _Sheet()
+    shown, sheet = _first(all, most), _Sheet()
     _draw_kernels(sheet, shown if shown.ndim == 3 else shown[:, None])
     alt = (f"{len(shown)} of {len(all)} kernels of {_by(layer.kernel_size)} weights, from "
            f"{_number(shown.min(), 2)} to {_number(shown.max(), 2)}; orange above 0, blue below.")
