@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from flashconv import blas, functional
+from flashconv import blas, functional, memory
 from flashconv.algorithms.choice import algorithm
 from flashconv.algorithms.explain import explain, tune
 from flashconv.base import _ConvNd
@@ -15,6 +15,7 @@ from flashconv.transposed import (
     ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _ConvTransposeNd)
 
 blas.load()  # a fast one, on Linux CPUs, whether or not MLX was imported before
+memory.raise_cache_limit()  # on CPUs too
 
 __all__ = [
     "blas", "functional", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",

@@ -7,16 +7,16 @@ __all__ = ['effective_kernel_size', 'output_size', 'transposed_output_size', 'ou
            'ReceptiveField', 'receptive_field', 'as_tuple', 'as_ints', 'is_channels_last', 'Geometry', 'check_limit',
            'conv_geometry']
 
-# %% ../nbs/00_arithmetic.ipynb #cb5c61e2
+# %% ../nbs/00_arithmetic.ipynb #811c17d7
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache, wraps
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache, wraps
 from inspect import signature
 from math import prod
 from typing import NamedTuple
 
-# %% ../nbs/00_arithmetic.ipynb #de8cb995
+# %% ../nbs/00_arithmetic.ipynb #f71d640f
 def _per_axis(f):
     "Let `f`, written for one axis, take a tuple with one value per axis for any argument."
     parameters = signature(f).parameters
@@ -32,7 +32,7 @@ def _per_axis(f):
                      for axis in range(lengths.pop()))
     return wrapper
 
-# %% ../nbs/00_arithmetic.ipynb #2ca3b3a7
+# %% ../nbs/00_arithmetic.ipynb #53f85e06
 _AT_LEAST_1 = ("kernel_size", "stride", "dilation")
 
 def _check_argument(name, value):
@@ -44,7 +44,7 @@ def _check_argument(name, value):
         if name in _AT_LEAST_1 and item < 1:
             raise ValueError(f"{name} must be at least 1, but got {value}")
 
-# %% ../nbs/00_arithmetic.ipynb #24551269
+# %% ../nbs/00_arithmetic.ipynb #f8b77d3a
 @_per_axis
 def effective_kernel_size(
     kernel_size: int | tuple,  # taps
@@ -53,7 +53,7 @@ def effective_kernel_size(
     "What a dilated kernel spans: `dilation * (kernel_size - 1) + 1`."
     return dilation * (kernel_size - 1) + 1
 
-# %% ../nbs/00_arithmetic.ipynb #feb60678
+# %% ../nbs/00_arithmetic.ipynb #5db94bd6
 @_per_axis
 def output_size(
     input_size: int | tuple,  # length of the input, per axis
@@ -71,14 +71,14 @@ def output_size(
     if padded < span: raise RuntimeError(_too_large((padded,), (span,)))
     return (padded - span) // stride + 1
 
-# %% ../nbs/00_arithmetic.ipynb #a1d97080
+# %% ../nbs/00_arithmetic.ipynb #5afc308b
 def _text(sizes): return "(" + " x ".join(map(str, sizes)) + ")"
 
 def _too_large(padded, spans):
     return (f"Calculated padded input size per channel: {_text(padded)}. Kernel size: "
             f"{_text(spans)}. Kernel size can't be greater than actual input size")
 
-# %% ../nbs/00_arithmetic.ipynb #dcfadd00
+# %% ../nbs/00_arithmetic.ipynb #cb40c085
 @_per_axis
 def transposed_output_size(
     input_size: int | tuple,  # length of the input, per axis
@@ -92,7 +92,7 @@ def transposed_output_size(
     span = effective_kernel_size(kernel_size, dilation)
     return (input_size - 1) * stride - 2 * padding + span + output_padding
 
-# %% ../nbs/00_arithmetic.ipynb #31a3e316
+# %% ../nbs/00_arithmetic.ipynb #10d7743f
 @_per_axis
 def output_padding_for(
     output_size: int | tuple,  # the length wanted, per axis
@@ -102,14 +102,14 @@ def output_padding_for(
     padding: int | tuple = 0,  # zeros added to each side
     dilation: int | tuple = 1,  # distance between neighbouring taps
 ) -> int | tuple:  # `output_padding` to pass, per axis
-    "The `output_padding` with which a transposed convolution gives `output_size`."
+    "What makes a transposed convolution give this size. ValueError for one that it can't give."
     smallest = transposed_output_size(input_size, kernel_size, stride, padding, 0, dilation)
     if not smallest <= output_size < smallest + stride:
         raise ValueError(f"requested an output size of {output_size}, but valid sizes range "
                          f"from {smallest} to {smallest + stride - 1}")
     return output_size - smallest
 
-# %% ../nbs/00_arithmetic.ipynb #22fe6c15
+# %% ../nbs/00_arithmetic.ipynb #988357b9
 @_per_axis
 def same_padding(
     kernel_size: int | tuple,  # taps
@@ -119,19 +119,19 @@ def same_padding(
     total = dilation * (kernel_size - 1)
     return total // 2, total - total // 2
 
-# %% ../nbs/00_arithmetic.ipynb #815f75b4
+# %% ../nbs/00_arithmetic.ipynb #0bf0abd2
 class ReceptiveField(NamedTuple):
     "Which inputs one output of a stack of layers depends on, along one axis."
     size: int  # inputs from the first to the last
     jump: int  # inputs between the fields of neighbouring outputs
     start: int  # first input in the field of output 0; negative inside the padding
 
-# %% ../nbs/00_arithmetic.ipynb #16c81655
+# %% ../nbs/00_arithmetic.ipynb #26c4d68c
 def receptive_field(
     *layers,  # objects with `kernel_size`, `stride`, `padding` and `dilation`, input side first
     axis: int = 0,  # spatial axis to look along, where those are tuples
 ) -> ReceptiveField:
-    "The receptive field of convolution (or pooling) layers applied one after the other."
+    "The field of convolution or pooling layers in a row. ValueError for a transposed layer."
     size, jump, start = 1, 1, 0
     for layer in layers:
         if getattr(layer, "transposed", False):
@@ -142,12 +142,12 @@ def receptive_field(
         size, start, jump = size + d * (k - 1) * jump, start - p * jump, jump * s
     return ReceptiveField(size, jump, start)
 
-# %% ../nbs/00_arithmetic.ipynb #1fec63a9
+# %% ../nbs/00_arithmetic.ipynb #06a20371
 def _along(value, axis):
     "The entry of `value` for one axis; a number or a string serves all of them."
     return value[axis] if isinstance(value, (tuple, list)) else value
 
-# %% ../nbs/00_arithmetic.ipynb #6e9bf8d0
+# %% ../nbs/00_arithmetic.ipynb #1335e178
 def as_tuple(
     value,  # a number, or an iterable with one entry per axis
     n: int,  # how often a number is repeated
@@ -155,7 +155,7 @@ def as_tuple(
     "`value` as a tuple, unchecked: what a layer keeps as its attribute."
     return tuple(value) if isinstance(value, Iterable) else (value,) * n
 
-# %% ../nbs/00_arithmetic.ipynb #09cfd59f
+# %% ../nbs/00_arithmetic.ipynb #afc7fc21
 def as_ints(
     value,  # an int, or a tuple or list of them
     n: int,  # number of spatial axes
@@ -173,14 +173,16 @@ def as_ints(
     raise RuntimeError(f"expected {name} to be a single integer value or a list of {n} values to "
                        f"match the convolution dimensions, but got {name}={list(items)}")
 
-# %% ../nbs/00_arithmetic.ipynb #9f1ac1d1
-def is_channels_last(data_format: str) -> bool:
+# %% ../nbs/00_arithmetic.ipynb #41736029
+def is_channels_last(
+    data_format: str,  # 'channels_last' or 'channels_first'
+) -> bool:
     "Whether `data_format` is 'channels_last'. ValueError unless it is that or 'channels_first'."
     if data_format in ("channels_first", "channels_last"): return data_format == "channels_last"
     raise ValueError("data_format must be one of {'channels_first', 'channels_last'}, but got "
                      f"data_format={data_format!r}")
 
-# %% ../nbs/00_arithmetic.ipynb #ee77f146
+# %% ../nbs/00_arithmetic.ipynb #07479ad7
 @dataclass(frozen=True)
 class Geometry:
     "One checked convolution: all that an algorithm has to know besides the two arrays."
@@ -194,7 +196,12 @@ class Geometry:
     channels_last: bool  # whether the arrays are (N, *spatial, C)
     output_shape: tuple  # of the batched result, in its layout
 
-# %% ../nbs/00_arithmetic.ipynb #fa2194e9
+    @cached_property
+    def _hash(self): return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self): return self._hash  # each call looks a geometry up, so it is kept
+
+# %% ../nbs/00_arithmetic.ipynb #ec1acdfe
 def _check_ranks(name, n, shape, weight_shape):
     if len(shape) not in (n + 1, n + 2):
         raise RuntimeError(f"Expected {n + 1}D (unbatched) or {n + 2}D (batched) input to {name}, "
@@ -203,7 +210,7 @@ def _check_ranks(name, n, shape, weight_shape):
         raise RuntimeError(f"Expected {n + 2}-dimensional weight for {name}, but got "
                            f"{len(weight_shape)}-dimensional weight of size {list(weight_shape)}")
 
-# %% ../nbs/00_arithmetic.ipynb #577e1f4c
+# %% ../nbs/00_arithmetic.ipynb #8b591ff9
 def _check_numbers(groups, padding, output_padding, stride, dilation, kernel):
     lowest = 0 if isinstance(padding, str) else min(padding)
     for wrong, message, value in (
@@ -216,7 +223,7 @@ def _check_numbers(groups, padding, output_padding, stride, dilation, kernel):
     ):
         if wrong: raise RuntimeError(f"{message}, but got {value}")
 
-# %% ../nbs/00_arithmetic.ipynb #36ec20f2
+# %% ../nbs/00_arithmetic.ipynb #584dade8
 def _check_channels(shape, given, weight, bias, groups, transposed):
     head = f"Given groups={groups}, "
     for wrong, rule in ((weight[0] < groups, "at least"), (weight[0] % groups, "divisible by")):
@@ -235,14 +242,16 @@ def _check_channels(shape, given, weight, bias, groups, transposed):
     if transposed and gives == 0:
         raise RuntimeError(f"non-empty weight expected, but got weight of size {list(weight)}")
 
-# %% ../nbs/00_arithmetic.ipynb #9a42b888
-def check_limit(sizes: tuple) -> None:
+# %% ../nbs/00_arithmetic.ipynb #934d4674
+def check_limit(
+    sizes: tuple,  # of an array
+) -> None:
     "RuntimeError for a shape that MLX's 32-bit sizes, or 64 bits of bytes, can't hold."
     if max(sizes) > 2**31 - 1 or prod(sizes) > 2**59:
         raise RuntimeError(f"a size of {_text(sizes)} is beyond what MLX can index: each axis may "
                            f"have {2**31 - 1} entries at most")
 
-# %% ../nbs/00_arithmetic.ipynb #95bd6424
+# %% ../nbs/00_arithmetic.ipynb #c4c2da00
 def _conv_sizes(spatial, kernel, stride, padding, dilation):
     "Output sizes of a convolution, or the error that PyTorch raises for them."
     padded = tuple(i + lo + hi for i, (lo, hi) in zip(spatial, padding))
@@ -251,7 +260,7 @@ def _conv_sizes(spatial, kernel, stride, padding, dilation):
     check_limit(padded)
     return output_size(padded, kernel, stride, 0, dilation)
 
-# %% ../nbs/00_arithmetic.ipynb #8b78a950
+# %% ../nbs/00_arithmetic.ipynb #72f639bd
 def _transposed_sizes(spatial, kernel, stride, padding, dilation, output_padding):
     "Output sizes of a transposed convolution, or the error that PyTorch raises for them."
     if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation)):
@@ -267,7 +276,7 @@ def _transposed_sizes(spatial, kernel, stride, padding, dilation, output_padding
     check_limit(transposed_output_size(longest, kernel, stride, 0, output_padding, dilation))
     return sizes
 
-# %% ../nbs/00_arithmetic.ipynb #226eb9df
+# %% ../nbs/00_arithmetic.ipynb #ca3a3399
 @lru_cache(maxsize=4096)
 def conv_geometry(
     name: str,  # of the function, for messages
@@ -296,7 +305,7 @@ def conv_geometry(
     return _geometry(first, weight_shape, stride, padding, dilation, after, groups, transposed,
                      channels_last, sizes)
 
-# %% ../nbs/00_arithmetic.ipynb #a42891b4
+# %% ../nbs/00_arithmetic.ipynb #033375c5
 def _padding_amounts(padding, stride, kernel, dilation):
     "Padding as (before, after) per axis."
     if padding == "same":
@@ -307,7 +316,7 @@ def _padding_amounts(padding, stride, kernel, dilation):
     if isinstance(padding, str): raise RuntimeError(f"Invalid padding string: {padding!r}")
     return tuple((p, p) for p in padding)
 
-# %% ../nbs/00_arithmetic.ipynb #5b05cc11
+# %% ../nbs/00_arithmetic.ipynb #8c74c27d
 def _geometry(shape, weight, stride, padding, dilation, after, groups, transposed, last, sizes):
     "The `Geometry` of sizes that have passed the checks."
     kernel, spatial = weight[2:], shape[2:]

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .arithmetic import as_tuple, check_limit, is_channels_last, same_padding
 
-# %% ../nbs/04_base.ipynb #f934f8a4
+# %% ../nbs/04_base.ipynb #2d5e175a
 class _ConvNd(nn.Module):
     """What every convolution layer is: a weight, perhaps a bias, and the numbers of the call.
 
@@ -60,7 +60,7 @@ class _ConvNd(nn.Module):
             self.bias = mx.zeros((out_channels,), dtype) if bias else None
         self.reset_parameters()
 
-# %% ../nbs/04_base.ipynb #4f73d7ff
+# %% ../nbs/04_base.ipynb #1159c0a8
 @patch
 def _weight_shape(self: _ConvNd, in_channels):
     first, second = in_channels, self.out_channels
@@ -72,7 +72,7 @@ def _weight_shape(self: _ConvNd, in_channels):
     check_limit(shape)
     return shape
 
-# %% ../nbs/04_base.ipynb #449a3dd0
+# %% ../nbs/04_base.ipynb #4362a5ac
 _PADDINGS = ("same", "valid")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -97,14 +97,14 @@ def _check(in_channels, out_channels, groups, stride, padding, padding_mode):
         raise ValueError(f"padding_mode must be one of {_listed(_PADDING_MODES)}, but got "
                          f"padding_mode={padding_mode!r}")
 
-# %% ../nbs/04_base.ipynb #110f489d
+# %% ../nbs/04_base.ipynb #ba8cb091
 def _device(device):
     "`device` as an `mx.Device` or None."
     if isinstance(device, mx.DeviceType): return mx.Device(device)
     if device is None or isinstance(device, mx.Device): return device
     raise TypeError(f"device must be an mx.Device or None, but got {device!r}")
 
-# %% ../nbs/04_base.ipynb #61a8df8c
+# %% ../nbs/04_base.ipynb #8d6d8511
 def _parameter_dtype(dtype):
     "The dtype that parameters get."
     if dtype is None: return mx.float32
@@ -115,7 +115,7 @@ def _parameter_dtype(dtype):
                            f"gradients, but got dtype={dtype}")
     return dtype
 
-# %% ../nbs/04_base.ipynb #dc1c9cd4
+# %% ../nbs/04_base.ipynb #77ab4de0
 @patch
 def state_dict(
     self: _ConvNd,
@@ -124,21 +124,21 @@ def state_dict(
     "The parameters by PyTorch's names. The arrays are the layer's own."
     return {prefix + name: self[name] for name in ("weight", "bias") if name in self}
 
-# %% ../nbs/04_base.ipynb #b0470822
+# %% ../nbs/04_base.ipynb #f729eee2
 def _uniform(shape, dtype, bound):
     "Uniform on (-bound, bound); real and imaginary part alike."
     if dtype == mx.complex64:
         return _uniform(shape, mx.float32, bound) + 1j * _uniform(shape, mx.float32, bound)
     return mx.random.uniform(-bound, bound, shape).astype(dtype)
 
-# %% ../nbs/04_base.ipynb #634ccfce
+# %% ../nbs/04_base.ipynb #029395b9
 @patch
 def reset_parameters(self: _ConvNd) -> None:
     "Draw weight and bias anew, as PyTorch does: U(-b, b), b = 1/sqrt(shape[1] * prod(kernel))."
     self._draw({name: (value.shape, value.dtype) for name, value in self.state_dict().items()},
                self.weight.shape)
 
-# %% ../nbs/04_base.ipynb #19aa4b97
+# %% ../nbs/04_base.ipynb #9d23df1f
 @patch
 def _draw(self: _ConvNd, parameters, weight_shape):
     "Make parameters, name -> (shape, dtype), with the bound that belongs to the weight's shape."
@@ -148,13 +148,13 @@ def _draw(self: _ConvNd, parameters, weight_shape):
         drawn = {name: _uniform(*of, bound) for name, of in parameters.items()}
     for name, value in drawn.items(): self[name] = value
 
-# %% ../nbs/04_base.ipynb #b509bd6a
+# %% ../nbs/04_base.ipynb #c200ada9
 @patch
 def _on_device(self: _ConvNd):
     "The context in which this layer works."
     return nullcontext() if self.device is None else mx.stream(self.device)
 
-# %% ../nbs/04_base.ipynb #0dbe23a0
+# %% ../nbs/04_base.ipynb #58695dca
 @patch
 def extra_repr(self: _ConvNd) -> str:
     "What stands between the parentheses, to the letter as in PyTorch."
@@ -169,11 +169,11 @@ def extra_repr(self: _ConvNd) -> str:
     if self.data_format != "channels_first": parts.append(f"data_format={self.data_format}")
     return ", ".join(parts)
 
-# %% ../nbs/04_base.ipynb #27fea72e
+# %% ../nbs/04_base.ipynb #d60da1af
 @patch
 def _extra_repr(self: _ConvNd): return self.extra_repr()
 
-# %% ../nbs/04_base.ipynb #86f1972a
+# %% ../nbs/04_base.ipynb #2f420614
 class IncompatibleKeys(NamedTuple):
     "What `load_state_dict` found, as in PyTorch."
     missing_keys: list  # names that the layer has and the state lacks
@@ -184,7 +184,7 @@ class IncompatibleKeys(NamedTuple):
         return (f"{type(self).__name__}(missing_keys={self.missing_keys}, "
                 f"unexpected_keys={self.unexpected_keys})")
 
-# %% ../nbs/04_base.ipynb #e554683b
+# %% ../nbs/04_base.ipynb #5d2786bf
 @patch
 def load_state_dict(
     self: _ConvNd,
@@ -208,7 +208,7 @@ def load_state_dict(
         self[name] = value if assign else value.astype(mine[name].dtype)
     return keys
 
-# %% ../nbs/04_base.ipynb #268e3375
+# %% ../nbs/04_base.ipynb #2e825c39
 def _key_errors(keys):
     def quoted(names): return ", ".join(f'"{name}"' for name in names)
     return ([f"Unexpected key(s) in state_dict: {quoted(keys.unexpected_keys)}."]
@@ -216,7 +216,7 @@ def _key_errors(keys):
             [f"Missing key(s) in state_dict: {quoted(keys.missing_keys)}."]
             if keys.missing_keys else [])
 
-# %% ../nbs/04_base.ipynb #637bfc61
+# %% ../nbs/04_base.ipynb #ad157c36
 @patch
 def _misfit(self: _ConvNd, name, value):
     "Why `value` can't become the parameter `name`; None if it can."
@@ -230,20 +230,22 @@ def _misfit(self: _ConvNd, name, value):
     if value.dtype == mx.complex64 != mine.dtype:
         return f"dtype mismatch for {name}: a param of {value.dtype} does not fit {mine.dtype}."
 
-# %% ../nbs/04_base.ipynb #4b7c45bc
+# %% ../nbs/04_base.ipynb #5179eaef
 @patch
 def __getstate__(self: _ConvNd):
+    "What a pickle keeps."
     return self.__dict__ | {"device": None if self.device is None else str(self.device)}
 
 @patch
 def __setstate__(self: _ConvNd, state):
+    "Take back what a pickle kept."
     device = state["device"]
     if device is not None:
         kind, number = re.fullmatch(r"Device\((\w+), (\d+)\)", device).groups()
         state = state | {"device": mx.Device(getattr(mx, kind), int(number))}
     self.__dict__.update(state)
 
-# %% ../nbs/04_base.ipynb #885f3a53
+# %% ../nbs/04_base.ipynb #1a895a49
 @patch(as_prop=True)
 def _reversed_padding_repeated_twice(self: _ConvNd) -> list:
     "The padding as `functional.pad` takes it: two amounts per axis, the last axis first."

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-# %% ../nbs/10_blas.ipynb #a725ada4
+# %% ../nbs/10_blas.ipynb #cd6793d2
 def gflops(
     n: int = 512,  # rows and columns of the matrices
 ) -> float:  # 1e9 operations a second
@@ -35,7 +35,7 @@ def gflops(
             times.append(perf_counter() - start)
     return 2e-9 * n**3 / min(times)
 
-# %% ../nbs/10_blas.ipynb #04ed1e71
+# %% ../nbs/10_blas.ipynb #e095b9bb
 _ROUTINES = "cblas_sgemm", "cblas_dgemm", "cblas_cgemm"
 
 class _Entry(Structure):
@@ -48,7 +48,7 @@ def _libmlx():
     "The file with MLX's own code."
     return str(Path(mx.__file__).parent / "lib" / "libmlx.so")
 
-# %% ../nbs/10_blas.ipynb #49a9807c
+# %% ../nbs/10_blas.ipynb #92d80c88
 def _loaded(path):
     "Where a loaded library lies, and its linker's entries by tag; None if there is no such file."
     if sys.platform != "linux" or not os.path.exists(path): return None
@@ -60,7 +60,7 @@ def _loaded(path):
         entries[entry.tag] = entry.value
     return found.contents.base, entries
 
-# %% ../nbs/10_blas.ipynb #4b9582e4
+# %% ../nbs/10_blas.ipynb #7361decc
 @lru_cache(maxsize=1)
 def _slots():
     "Where libmlx.so keeps the addresses of `_ROUTINES`: (name, place) pairs, none off Linux."
@@ -76,7 +76,7 @@ def _slots():
             if name in _ROUTINES: slots.append((name, c_size_t.from_address(base + place)))
     return slots
 
-# %% ../nbs/10_blas.ipynb #a89e4884
+# %% ../nbs/10_blas.ipynb #5000d572
 class _Found(Structure):  # Dl_info in <dlfcn.h>
     _fields_ = [("path", c_char_p), ("base", c_void_p), ("name", c_char_p), ("at", c_void_p)]
 
@@ -86,7 +86,7 @@ def _owner(address):
     CDLL(None).dladdr(c_void_p(address), byref(found))
     return os.path.realpath(found.path.decode())
 
-# %% ../nbs/10_blas.ipynb #3a24f4f2
+# %% ../nbs/10_blas.ipynb #9037ccdc
 def _put(routines):
     "Have MLX call these addresses from now on."
     page = os.sysconf("SC_PAGE_SIZE")
@@ -96,13 +96,13 @@ def _put(routines):
             raise ValueError("MLX's table of addresses is write-protected")
         slot.value = routines[name]
 
-# %% ../nbs/10_blas.ipynb #62839f5e
+# %% ../nbs/10_blas.ipynb #d0a0c371
 def _own():
     "The addresses that MLX came with."
     mlx = CDLL(_libmlx())
     return {name: cast(getattr(mlx, name), c_void_p).value for name in _ROUTINES}
 
-# %% ../nbs/10_blas.ipynb #37801c4c
+# %% ../nbs/10_blas.ipynb #b151797f
 def _routines(library):
     "The addresses of `_ROUTINES` in a library; a ValueError says why it does not fit."
     try: loaded = CDLL(library)
@@ -118,14 +118,14 @@ def _routines(library):
 
 _WIDE = "takes integers of 64 bits (ILP64), and MLX passes 32"
 
-# %% ../nbs/10_blas.ipynb #fdc11e35
+# %% ../nbs/10_blas.ipynb #40f50a88
 def _is_wide(sdot):
     "Whether a library's `cblas_sdot` reads integers of 64 bits."
     sdot.restype = c_float
     one, length = (c_float * 1)(1), c_int64(1 - 2**32)
     return sdot(length, one, c_int64(1), one, c_int64(1)) == 0
 
-# %% ../nbs/10_blas.ipynb #f0000612
+# %% ../nbs/10_blas.ipynb #5044f5d7
 _SONAMES = (
     "libopenblasp.so.0", "libopenblaso.so.0",  # OpenBLAS with threads, as Fedora names it
     "libopenblas.so.0", "libblis.so.4", "libblis.so.3",
@@ -143,7 +143,7 @@ def _usable():
         try: yield library, _routines(library)
         except ValueError: continue
 
-# %% ../nbs/10_blas.ipynb #eff14537
+# %% ../nbs/10_blas.ipynb #4c8a6b6a
 _reason = "flashconv has not looked for one"
 
 def _because(reason):
@@ -151,7 +151,7 @@ def _because(reason):
     global _reason
     _reason = reason
 
-# %% ../nbs/10_blas.ipynb #094171ef
+# %% ../nbs/10_blas.ipynb #07d94b30
 def use(
     library: str,  # a path, a soname ("libopenblas.so.0"), or "off" for what MLX came with
 ) -> None:
@@ -168,7 +168,7 @@ def use(
     _put(routines)
     _because("use() said so")
 
-# %% ../nbs/10_blas.ipynb #7196048d
+# %% ../nbs/10_blas.ipynb #a8016d5e
 _TUNED = {"openblas_get_num_threads": "OpenBLAS", "scipy_openblas_get_num_threads": "OpenBLAS",
          "MKL_Get_Max_Threads": "MKL", "bli_thread_get_num_threads": "BLIS",
          "armplversion": "Arm Performance Libraries"}
@@ -181,7 +181,7 @@ def _make(library):
             return name, max(1, loaded[function]()) if "thread" in function.lower() else None
     return ("Netlib", 1) if "libblas" in Path(library).name else (Path(library).name, None)
 
-# %% ../nbs/10_blas.ipynb #93a44063
+# %% ../nbs/10_blas.ipynb #edef9c8c
 def _in_use():
     "The library that MLX's products run in; None where there is no table."
     for name, slot in _slots()[:1]:
@@ -200,7 +200,7 @@ def _is_fast(*address):
     if library is None or _make(library)[0] in _TUNED.values(): return True
     return library != _owner(_own()[_ROUTINES[0]])
 
-# %% ../nbs/10_blas.ipynb #ad6065d7
+# %% ../nbs/10_blas.ipynb #58051ef7
 def load() -> None:
     """Give MLX the BLAS that FLASHCONV_BLAS names ("off" for none), or else the first that fits.
 
@@ -222,14 +222,14 @@ def load() -> None:
     _because("no other was found")
     warnings.warn(_ADVICE, RuntimeWarning, stacklevel=3)
 
-# %% ../nbs/10_blas.ipynb #079c7c3c
+# %% ../nbs/10_blas.ipynb #3d0c1f6d
 _MKL = ', or pip install "flashconv[mkl]"' if machine() == "x86_64" else ""
 _ADVICE = (
     "MLX multiplies matrices with Netlib's reference BLAS here: 5 GFLOP/s, where a tuned BLAS "
     "reaches 20 to 60 times that, so convolutions are slow. One line mends it: apt-get install "
     f'libopenblas0, or pip install "flashconv[openblas]"{_MKL}. FLASHCONV_BLAS=off silences this.')
 
-# %% ../nbs/10_blas.ipynb #68b3cb14
+# %% ../nbs/10_blas.ipynb #a52a15cf
 class Info(NamedTuple):
     "What MLX multiplies with on the CPU."
     name: str  # of the BLAS
@@ -243,7 +243,7 @@ class Info(NamedTuple):
         return (f"{self.name}{threads}, {self.gflops:.0f} GFLOP/s ({self.reason})"
                 + (f": {self.library}" if self.library else ""))
 
-# %% ../nbs/10_blas.ipynb #1beb86f9
+# %% ../nbs/10_blas.ipynb #2527b11a
 def info() -> Info:
     "What MLX multiplies with on the CPU, why, and how fast: it takes a tenth of a second or two."
     library, apple = _in_use(), "Accelerate" if sys.platform == "darwin" else "MLX's own"

@@ -13,7 +13,7 @@ from . import functional
 from .arithmetic import as_tuple
 from .base import _ConvNd
 
-# %% ../nbs/05_conv.ipynb #99467e7d
+# %% ../nbs/05_conv.ipynb #ff4e9adb
 class _Conv(_ConvNd):
     "A convolution layer over `num_spatial_dims` axes."
 
@@ -41,7 +41,7 @@ class _Conv(_ConvNd):
                          padding, as_tuple(dilation, n), False, (0,) * n, groups, bias,
                          padding_mode, device, dtype, data_format=data_format)
 
-# %% ../nbs/05_conv.ipynb #c062c7db
+# %% ../nbs/05_conv.ipynb #beda976b
 @patch
 def _conv_forward(
     self: _Conv,
@@ -59,7 +59,7 @@ def _conv_forward(
     return conv(input, weight, bias, self.stride, padding, self.dilation, self.groups,
                 data_format=self.data_format)
 
-# %% ../nbs/05_conv.ipynb #f7104ab8
+# %% ../nbs/05_conv.ipynb #0dcfb08b
 @patch
 def __call__(
     self: _Conv,
@@ -68,32 +68,35 @@ def __call__(
     "Convolve. Raises `RuntimeError`, in PyTorch's words, for an input that does not fit."
     with self._on_device(): return self._conv_forward(input, self.weight, self.bias)
 
-# %% ../nbs/05_conv.ipynb #9a464259
+# %% ../nbs/05_conv.ipynb #2d068b9b
 class Conv1d(_Conv):
     """A convolution over sequences, `(N, C, L)` or `(C, L)`, with PyTorch's arguments.
 
     The weight is `(out_channels, in_channels/groups, k)`. `padding` may be 'same' or 'valid'.
+    Raises `ValueError` and `TypeError` for arguments that no call could use.
     Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv1d.html>
     """
 
     num_spatial_dims = 1
 
-# %% ../nbs/05_conv.ipynb #64bb8ae6
+# %% ../nbs/05_conv.ipynb #7de655ef
 class Conv2d(_Conv):
     """A convolution over pictures, `(N, C, H, W)` or `(C, H, W)`, with PyTorch's arguments.
 
     The weight is `(out_channels, in_channels/groups, kh, kw)`. `padding` may be 'same' or 'valid'.
+    Raises `ValueError` and `TypeError` for arguments that no call could use.
     Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html>
     """
 
     num_spatial_dims = 2
 
-# %% ../nbs/05_conv.ipynb #39d36b9e
+# %% ../nbs/05_conv.ipynb #9bc82c71
 class Conv3d(_Conv):
     """A convolution over volumes, `(N, C, D, H, W)` or `(C, D, H, W)`, with PyTorch's arguments.
 
     The weight is `(out_channels, in_channels/groups, kd, kh, kw)`. `padding` may be 'same' or
-    'valid'. Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv3d.html>
+    'valid'. Raises `ValueError` and `TypeError` for arguments that no call could use.
+    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv3d.html>
     """
 
     num_spatial_dims = 3

@@ -19,7 +19,7 @@ from .lazy import (
     LazyConvTranspose3d, UninitializedParameter)
 from .transposed import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
-# %% ../nbs/08_convert.ipynb #2390818c
+# %% ../nbs/08_convert.ipynb #546bf173
 _OURS = {cls.__name__: cls for cls in (
     Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, LazyConv1d,
     LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d, LazyConvTranspose3d)}
@@ -33,7 +33,7 @@ def _numbers(layer, cls):
 def _refuse(what, reasons):
     if reasons := list(reasons): raise ValueError(f"{what}: {'; '.join(reasons)}")
 
-# %% ../nbs/08_convert.ipynb #d1286c87
+# %% ../nbs/08_convert.ipynb #aef6347e
 _REPLACEABLE = ("__call__", "forward", "_conv_forward", "_output_padding")
 
 def _class_of(layer, package, namespace):
@@ -50,7 +50,7 @@ def _class_of(layer, package, namespace):
              or callable(vars(layer).get(name))))
     return known
 
-# %% ../nbs/08_convert.ipynb #8daae397
+# %% ../nbs/08_convert.ipynb #ec30bcc4
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "complex64")
 
 def _name(dtype): return str(dtype).rpartition(".")[2]
@@ -67,7 +67,7 @@ def _from_tensor(tensor, torch):
     if dtype != "bfloat16": return mx.array(value.numpy(force=True), dtype=getattr(mx, dtype))
     return mx.array(value.view(torch.int16).numpy(force=True)).view(mx.bfloat16)
 
-# %% ../nbs/08_convert.ipynb #14f988fd
+# %% ../nbs/08_convert.ipynb #ba0dab6e
 def _assemble(cls, source, parameters, data_format):
     "Our layer of the name of `cls`, with the numbers of `source` and parameters, name -> array."
     numbers, weight = _numbers(source, cls), parameters["weight"]
@@ -82,7 +82,7 @@ def _assemble(cls, source, parameters, data_format):
     layer.load_state_dict(parameters, assign=True)
     return layer.train(source.training)
 
-# %% ../nbs/08_convert.ipynb #fd600d12
+# %% ../nbs/08_convert.ipynb #751c4e92
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 def _extras(layer, torch):
@@ -104,7 +104,7 @@ def _stale(theirs, ours):
         yield (f"it pads by {noted}, noted at construction, where padding={theirs.padding} means "
                "something else by now; make it anew")
 
-# %% ../nbs/08_convert.ipynb #30484a35
+# %% ../nbs/08_convert.ipynb #106e889c
 def from_torch(
     layer,  # torch.nn.Conv1d to Conv3d or ConvTranspose1d to ConvTranspose3d, lazy or not
     *,
@@ -126,7 +126,7 @@ def from_torch(
     ours._no_grad.update(name for name in parameters if not tensors[name].requires_grad)
     return ours
 
-# %% ../nbs/08_convert.ipynb #e6a518b7
+# %% ../nbs/08_convert.ipynb #fb4617fe
 def _to_parameter(array, torch, trainable):
     "A copy of one of our parameters as PyTorch's, or as one in waiting."
     if type(array) is UninitializedParameter:
@@ -135,7 +135,7 @@ def _to_parameter(array, torch, trainable):
     tensor = torch.from_numpy(np.array(array.view(mx.int16) if bfloat16 else array, order="C"))
     return torch.nn.Parameter(tensor.view(torch.bfloat16) if bfloat16 else tensor, trainable)
 
-# %% ../nbs/08_convert.ipynb #5912af2a
+# %% ../nbs/08_convert.ipynb #fa1b33ed
 def to_torch(
     layer: nn.Module,  # flashconv's Conv1d to Conv3d or ConvTranspose1d to 3d, lazy or not
 ):  # torch.nn's layer of that name, on the CPU
@@ -157,7 +157,7 @@ def to_torch(
         setattr(theirs, name, _to_parameter(array, torch, name not in layer._no_grad))
     return theirs.train(layer.training)
 
-# %% ../nbs/08_convert.ipynb #ee115ea8
+# %% ../nbs/08_convert.ipynb #b8bdfff9
 def from_mlx(
     layer: nn.Module,  # mlx.nn's Conv1d to Conv3d or ConvTranspose1d to ConvTranspose3d
 ) -> nn.Module:  # flashconv's layer of that name, channels last
@@ -176,7 +176,7 @@ def from_mlx(
     ours._no_grad.update(layer._no_grad)
     return ours
 
-# %% ../nbs/08_convert.ipynb #d848726e
+# %% ../nbs/08_convert.ipynb #1357c9ba
 def _amounts(layer):
     "What our layer pads before and after the input, per axis."
     n = layer.num_spatial_dims
@@ -195,7 +195,7 @@ def _mlx_numbers(layer):
     if n == 1: numbers = {name: value[0] for name, value in numbers.items()}
     return numbers if layer.groups == 1 else numbers | {"groups": layer.groups}
 
-# %% ../nbs/08_convert.ipynb #4fd772d1
+# %% ../nbs/08_convert.ipynb #2ef2bffa
 def _lacking(layer):
     "What our layer has and mlx.nn has not."
     groups, amounts, dtype = layer.groups, _amounts(layer), layer.weight.dtype
@@ -211,7 +211,7 @@ def _lacking(layer):
     if 0 in layer.weight.shape:
         yield f"a weight of size {layer.weight.shape}, with which MLX ends the process"
 
-# %% ../nbs/08_convert.ipynb #78fced7b
+# %% ../nbs/08_convert.ipynb #0f7cd387
 def _wrong(layer):
     "Where MLX's transposed layer would differ from ours."
     n, names = layer.num_spatial_dims, ("stride", "padding", "dilation", "output_padding")
@@ -227,7 +227,7 @@ def _wrong(layer):
             yield (f"stride={stride} with output_padding={after} above padding={padding}, for "
                    "which MLX's gradient of the input has a wrong size")
 
-# %% ../nbs/08_convert.ipynb #f348ad0d
+# %% ../nbs/08_convert.ipynb #a85566d9
 def to_mlx(
     layer: nn.Module,  # flashconv's Conv1d to Conv3d or ConvTranspose1d to 3d, not lazy
 ) -> nn.Module:  # mlx.nn's layer of that name

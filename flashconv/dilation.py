@@ -8,7 +8,7 @@ __all__ = ['insert_zeros', 'coverage']
 # %% ../nbs/02_dilation.ipynb #afa2b305
 import mlx.core as mx
 
-# %% ../nbs/02_dilation.ipynb #0075df9d
+# %% ../nbs/02_dilation.ipynb #1deaa233
 def insert_zeros(
     x: mx.array,  # any shape
     steps: dict,  # axis -> distance that neighbouring values end up at; 1 changes nothing
@@ -23,7 +23,7 @@ def insert_zeros(
         x = x[(slice(None),) * axis + (slice(0, (n - 1) * step + 1),)]
     return x
 
-# %% ../nbs/02_dilation.ipynb #acee4b29
+# %% ../nbs/02_dilation.ipynb #5b68378d
 def coverage(
     kernel_sizes: list,  # taps of each layer, input side first
     dilations: list,  # dilation of each layer

@@ -12,7 +12,7 @@ from .algorithms.derivatives import add_bias, convolve
 from .arithmetic import as_ints, conv_geometry, is_channels_last
 from .padding import check_array, pad
 
-# %% ../nbs/03_functional.ipynb #c115e918
+# %% ../nbs/03_functional.ipynb #f0228fcf
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64,
            mx.int8, mx.uint8, mx.int16, mx.int32, mx.int64)
 
@@ -27,7 +27,7 @@ def _check_dtypes(name, input, weight, bias):
         raise NotImplementedError(f'"{name}" not implemented for {_dtype_name(input.dtype)!r}, '
                                   f"but for {', '.join(map(_dtype_name, _DTYPES))}")
 
-# %% ../nbs/03_functional.ipynb #f22a6623
+# %% ../nbs/03_functional.ipynb #74b7ddf9
 def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups, data_format,
                  output_padding=None):
     "What all six functions do: check, then run. `output_padding` marks a transposed one."
@@ -49,7 +49,7 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     if bias is not None: y = add_bias(y, bias, channels_last)
     return y if batched else y[0]
 
-# %% ../nbs/03_functional.ipynb #c9f46c08
+# %% ../nbs/03_functional.ipynb #ec7c8efd
 def _conv(n):
     "The public convolution over `n` axes."
     def conv(
@@ -68,7 +68,7 @@ def _conv(n):
     name = f"conv{n}d"
     return _named(conv, name, f"Convolution over {n} {'axis' if n == 1 else 'axes'}")
 
-# %% ../nbs/03_functional.ipynb #f600448a
+# %% ../nbs/03_functional.ipynb #aa75578b
 def _conv_transpose(n):
     "The public transposed convolution over `n` axes."
     def conv_transpose(
@@ -92,8 +92,8 @@ def _conv_transpose(n):
     return _named(conv_transpose, name, f"Transposed convolution over {n} "
                                         f"{'axis' if n == 1 else 'axes'}")
 
-# %% ../nbs/03_functional.ipynb #665777ec
-_DOC = """{what}, with the arguments of `torch.nn.functional.{name}`.
+# %% ../nbs/03_functional.ipynb #b66aab12
+_DOC = """{what}, with PyTorch's arguments.
 
 All arrays have one dtype: floating point, complex64 or an integer. Raises `RuntimeError` in
 PyTorch's words for shapes and numbers that don't fit, `TypeError` for anything but arrays and
@@ -106,7 +106,7 @@ def _named(function, name, what):
     function.__doc__ = _DOC.format(what=what, name=name)
     return function
 
-# %% ../nbs/03_functional.ipynb #0450e168
+# %% ../nbs/03_functional.ipynb #1f23204f
 conv1d, conv2d, conv3d = map(_conv, (1, 2, 3))
 conv_transpose1d, conv_transpose2d, conv_transpose3d = map(_conv_transpose, (1, 2, 3))
 

@@ -18,7 +18,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .padding import check_array
 from .transposed import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
-# %% ../nbs/07_lazy.ipynb #5e6ab365
+# %% ../nbs/07_lazy.ipynb #5829b525
 class UninitializedParameter:
     "An array in waiting: it has a dtype, but neither shape nor values."
 
@@ -42,7 +42,7 @@ class UninitializedParameter:
         if name.startswith("__") or not hasattr(mx.array, name): raise AttributeError(name)
         raise _unusable(name)
 
-# %% ../nbs/07_lazy.ipynb #98a8be20
+# %% ../nbs/07_lazy.ipynb #4f291af1
 _REMEDY = ("Call the layer, or flashconv.materialize(model, *inputs) on the model that holds it, "
            "to initialize it first.")
 
@@ -51,7 +51,7 @@ def _unusable(operation):
 
 def _in_waiting(dtype): return UninitializedParameter(getattr(mx, dtype))
 
-# %% ../nbs/07_lazy.ipynb #d289eae6
+# %% ../nbs/07_lazy.ipynb #215b69a5
 def _refusal(operation):
     def refuse(self, *args): raise _unusable(operation)
     return refuse
@@ -61,7 +61,7 @@ for _name in """add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv m
                 int float complex index len iter getitem setitem array""".split():
     setattr(UninitializedParameter, f"__{_name}__", _refusal(f"__{_name}__"))
 
-# %% ../nbs/07_lazy.ipynb #ddfbb39b
+# %% ../nbs/07_lazy.ipynb #3de0c6f5
 class _Lazy:
     "What makes a layer lazy. Stands before a `_ConvNd` among the bases."
 
@@ -84,7 +84,7 @@ class _Lazy:
             restore()
             raise
 
-# %% ../nbs/07_lazy.ipynb #6b7d8d39
+# %% ../nbs/07_lazy.ipynb #b57d963a
 def _snapshot(layer):
     "A function that turns `layer` back into what it is now."
     cls, items, attributes = type(layer), dict(layer), dict(layer.__dict__)
@@ -97,7 +97,7 @@ def _snapshot(layer):
         layer.__dict__.update(attributes)
     return restore
 
-# %% ../nbs/07_lazy.ipynb #8702d448
+# %% ../nbs/07_lazy.ipynb #0702bdd9
 @patch
 def initialize_parameters(
     self: _Lazy,
@@ -120,9 +120,10 @@ def initialize_parameters(
     self._draw(waiting, shapes["weight"])
     if len(waiting) == len(state): self.reset_parameters()
 
-# %% ../nbs/07_lazy.ipynb #2e83b5b9
+# %% ../nbs/07_lazy.ipynb #708f62b2
 @patch
 def __setitem__(self: _Lazy, key, value):
+    "Become the full layer with the last parameter that arrives."
     waited = type(self.get(key)) is UninitializedParameter
     dict.__setitem__(self, key, value)
     if not waited or self.has_uninitialized_params(): return
@@ -130,7 +131,7 @@ def __setitem__(self: _Lazy, key, value):
     self.in_channels = first if self.transposed else second * self.groups
     self.__class__ = self.cls_to_become
 
-# %% ../nbs/07_lazy.ipynb #c0387ab5
+# %% ../nbs/07_lazy.ipynb #b02dff3e
 @patch
 def items(self: _Lazy):
     "Refused: a walk over the parameters would miss those that don't exist yet."
@@ -139,19 +140,23 @@ def items(self: _Lazy):
                        "flashconv.materialize(model, *inputs) on the model first.")
 
 @patch
-def parameters(self: _Lazy) -> dict: self.items()
+def parameters(self: _Lazy) -> dict:
+    "Refused, as `items` is."
+    self.items()
 
 @patch
-def trainable_parameters(self: _Lazy) -> dict: self.items()
+def trainable_parameters(self: _Lazy) -> dict:
+    "Refused, as `items` is."
+    self.items()
 
-# %% ../nbs/07_lazy.ipynb #6047d685
+# %% ../nbs/07_lazy.ipynb #94f8658e
 @patch
 def filter_and_map(self: _Lazy, filter_fn, map_fn=None, is_leaf_fn=None) -> dict:
     "The entries of this layer that `filter_fn` keeps, waiting ones included."
     kept = {key: value for key, value in dict.items(self) if filter_fn(self, key, value)}
     return {key: map_fn(value) for key, value in kept.items()} if map_fn else kept
 
-# %% ../nbs/07_lazy.ipynb #441c8b2d
+# %% ../nbs/07_lazy.ipynb #95c7aa62
 @patch
 def _misfit(self: _Lazy, name, value):
     "Why `value` can't become the parameter `name`; None if it can."
@@ -166,7 +171,7 @@ def _misfit(self: _Lazy, name, value):
         return (f"size mismatch for {name}: copying a param with shape {value.shape} from "
                 f"checkpoint, the shape in current model is {wanted}.")
 
-# %% ../nbs/07_lazy.ipynb #878d47ed
+# %% ../nbs/07_lazy.ipynb #90c5cc14
 @patch
 def load_weights(
     self: _Lazy,
@@ -179,9 +184,11 @@ def load_weights(
     return self
 
 @patch
-def __reduce__(self: _Lazy): return _rebuild, (type(self), dict(self), self.__getstate__())
+def __reduce__(self: _Lazy):
+    "What a pickle keeps of a layer that waits."
+    return _rebuild, (type(self), dict(self), self.__getstate__())
 
-# %% ../nbs/07_lazy.ipynb #df25c774
+# %% ../nbs/07_lazy.ipynb #288124c6
 def _rebuild(cls, items, state):
     "A lazy layer from its pickle or for its copy."
     layer = cls.__new__(cls)
@@ -189,7 +196,7 @@ def _rebuild(cls, items, state):
     layer.__setstate__(state)
     return layer
 
-# %% ../nbs/07_lazy.ipynb #5cb96691
+# %% ../nbs/07_lazy.ipynb #39d553e9
 @patch
 def _start(self: _Lazy, out_channels, bias):
     "Take back the empty parameters that the full layer's constructor made."
@@ -197,7 +204,7 @@ def _start(self: _Lazy, out_channels, bias):
     self.weight = UninitializedParameter(dtype)
     if bias: self.bias = UninitializedParameter(dtype)
 
-# %% ../nbs/07_lazy.ipynb #4f9c5852
+# %% ../nbs/07_lazy.ipynb #4a71a1a7
 class _LazyConv(_Lazy):
     "A lazy convolution layer: the arguments of `Conv` without `in_channels`."
 
@@ -220,7 +227,7 @@ class _LazyConv(_Lazy):
                          padding_mode, device, dtype, data_format=data_format)
         self._start(out_channels, bias)
 
-# %% ../nbs/07_lazy.ipynb #817e9097
+# %% ../nbs/07_lazy.ipynb #2b436d67
 class _LazyConvTranspose(_Lazy):
     "A lazy transposed layer: the arguments of `ConvTranspose` without `in_channels`."
 
@@ -244,7 +251,7 @@ class _LazyConvTranspose(_Lazy):
                          dilation, padding_mode, device, dtype, data_format=data_format)
         self._start(out_channels, bias)
 
-# %% ../nbs/07_lazy.ipynb #3ce540f5
+# %% ../nbs/07_lazy.ipynb #4112097f
 class LazyConv1d(_LazyConv, Conv1d):
     "`Conv1d` that takes `in_channels` from its first input, and is a `Conv1d` from then on."
     cls_to_become = Conv1d
@@ -257,7 +264,7 @@ class LazyConv3d(_LazyConv, Conv3d):
     "`Conv3d` that takes `in_channels` from its first input, and is a `Conv3d` from then on."
     cls_to_become = Conv3d
 
-# %% ../nbs/07_lazy.ipynb #0faca083
+# %% ../nbs/07_lazy.ipynb #c272bc5d
 class LazyConvTranspose1d(_LazyConvTranspose, ConvTranspose1d):
     "`ConvTranspose1d` that takes `in_channels` from its first input."
     cls_to_become = ConvTranspose1d
@@ -270,7 +277,7 @@ class LazyConvTranspose3d(_LazyConvTranspose, ConvTranspose3d):
     "`ConvTranspose3d` that takes `in_channels` from its first input."
     cls_to_become = ConvTranspose3d
 
-# %% ../nbs/07_lazy.ipynb #59c242c2
+# %% ../nbs/07_lazy.ipynb #15871919
 def materialize(
     model: nn.Module,  # any module, with lazy layers somewhere in it or not
     *inputs,  # what to call it with: shapes count, values don't

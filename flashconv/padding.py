@@ -10,12 +10,12 @@ import mlx.core as mx
 
 from .arithmetic import as_ints, check_limit, is_channels_last
 
-# %% ../nbs/01_padding.ipynb #3946a7d6
+# %% ../nbs/01_padding.ipynb #e29b8288
 def _slice(x, axis, start, stop):
     "`x[start:stop]` along one axis."
     return x[(slice(None),) * axis + (slice(start, stop),)]
 
-# %% ../nbs/01_padding.ipynb #bae6c54d
+# %% ../nbs/01_padding.ipynb #02946088
 def _piece(x, axis, amount, mode, before):
     "The `amount` values that `mode` puts before or after `x` along one axis."
     n = x.shape[axis]
@@ -27,7 +27,7 @@ def _piece(x, axis, amount, mode, before):
     inner = _slice(x, axis, 1, amount + 1) if before else _slice(x, axis, n - 1 - amount, n - 1)
     return inner[(slice(None),) * axis + (slice(None, None, -1),)]
 
-# %% ../nbs/01_padding.ipynb #8ecc235a
+# %% ../nbs/01_padding.ipynb #e8f66d66
 def _pad_axis(x, axis, before, after, mode):
     "Continue (or, by negative amounts, crop) `x` along one axis, by a mode other than constant."
     def crop(x):
@@ -40,7 +40,7 @@ def _pad_axis(x, axis, before, after, mode):
     x = mx.concatenate(parts, axis) if len(parts) > 1 else x
     return x if mode == "circular" else crop(x)
 
-# %% ../nbs/01_padding.ipynb #d5383957
+# %% ../nbs/01_padding.ipynb #1490a6fd
 def pad_axes(
     x: mx.array,  # any shape
     amounts: dict,  # axis -> (before, after); a negative amount crops
@@ -56,7 +56,7 @@ def pad_axes(
     grow = [tuple(max(a, 0) for a in amounts.get(axis, (0, 0))) for axis in range(x.ndim)]
     return mx.pad(x, grow, constant_values=mx.array(value, x.dtype)) if any(map(any, grow)) else x
 
-# %% ../nbs/01_padding.ipynb #daf22b29
+# %% ../nbs/01_padding.ipynb #d31bc0ad
 _MODES = ("constant", "reflect", "replicate", "circular")
 
 def _check_pad(shape, amounts, mode, value):
@@ -77,7 +77,7 @@ def _check_pad(shape, amounts, mode, value):
             "combinations for non-constant padding: size 2 for 2D or 3D, 4 for 3D or 4D, 6 for 4D "
             "or 5D input")
 
-# %% ../nbs/01_padding.ipynb #39d3bd33
+# %% ../nbs/01_padding.ipynb #38913bb5
 def _check_axis(shape, axis, before, after, mode):
     "The rules for the amounts on one axis."
     n = shape[axis]
@@ -98,14 +98,18 @@ def _check_axis(shape, axis, before, after, mode):
                            f"dimensions, but got: {list(shape)}")
     check_limit((*shape[:axis], n + max(before, 0) + max(after, 0), *shape[axis + 1 :]))
 
-# %% ../nbs/01_padding.ipynb #e4321390
-def check_array(function: str, argument: str, value) -> None:
+# %% ../nbs/01_padding.ipynb #13e1247f
+def check_array(
+    function: str,  # that is called, for the message
+    argument: str,  # of it, for the message
+    value,  # what was given
+) -> None:
     "TypeError unless `value` is an MLX array."
     if not isinstance(value, mx.array):
         raise TypeError(f"{function}(): argument '{argument}' must be mlx.core.array, not "
                         f"{type(value).__name__}; mx.array(...) converts numbers, lists and NumPy")
 
-# %% ../nbs/01_padding.ipynb #4e66643e
+# %% ../nbs/01_padding.ipynb #f6d25494
 def pad(
     input: mx.array,  # any shape for a constant, else (C, *spatial) or (N, C, *spatial)
     pad: tuple,  # two amounts per axis, the last axis first; a negative amount crops
@@ -113,8 +117,8 @@ def pad(
     value: float | None = None,  # of the constant; None is 0
     *,
     data_format: str = "channels_first",  # 'channels_last' starts at the last axis but one
-) -> mx.array:  # `input`, longer or shorter along the axes that `pad` names
-    """PyTorch's `torch.nn.functional.pad`, with any number of axes and negative amounts.
+) -> mx.array:  # `input`, longer or shorter along these axes
+    """Padding as in PyTorch, with any number of axes and negative amounts.
 
     Raises `RuntimeError` for amounts that the mode can't serve, `NotImplementedError` for an
     unknown mode or a rank it isn't defined for, `TypeError` for anything but an array and ints.
@@ -130,14 +134,14 @@ def pad(
     for axis, amount in by_axis.items(): _check_axis(input.shape, axis, *amount, mode)
     return pad_axes(input, by_axis, mode, value or 0)
 
-# %% ../nbs/01_padding.ipynb #c114a5c9
+# %% ../nbs/01_padding.ipynb #1383811a
 def _amounts(pad):
     "PyTorch's list of amounts as ints."
     if not isinstance(pad, (tuple, list)):
         raise TypeError(f"pad(): argument 'pad' must be tuple of ints, not {type(pad).__name__}")
     return as_ints(pad, len(pad), "pad") if pad else ()
 
-# %% ../nbs/01_padding.ipynb #fe89eae2
+# %% ../nbs/01_padding.ipynb #b1a979e7
 def _by_axis(shape, amounts, channels_last):
     "The amounts as axis -> (before, after). Channels last skips the channels."
     axes, rank = len(amounts) // 2, len(shape) - channels_last

@@ -14,9 +14,13 @@ from .arithmetic import as_ints, as_tuple, transposed_output_size
 from .base import _ConvNd
 from .padding import check_array
 
-# %% ../nbs/06_transposed.ipynb #d6b1c7e6
+# %% ../nbs/06_transposed.ipynb #03714b28
 class _ConvTransposeNd(_ConvNd):
-    "What every transposed layer is: a `_ConvNd` that pads with zeros only."
+    """What every transposed layer is: a base layer that pads with zeros only.
+
+    Raises `ValueError` for other padding modes, and what the base layer raises.
+    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose2d.html>
+    """
 
     def __init__(
         self,
@@ -43,7 +47,7 @@ class _ConvTransposeNd(_ConvNd):
                          transposed, output_padding, groups, bias, padding_mode, device, dtype,
                          data_format=data_format)
 
-# %% ../nbs/06_transposed.ipynb #d2d4210a
+# %% ../nbs/06_transposed.ipynb #65441666
 @patch
 def _output_padding(
     self: _ConvTransposeNd,
@@ -74,7 +78,7 @@ def _output_padding(
                          f"{list(smallest)} to {list(largest)} (for an input of {list(spatial)})")
     return tuple(size - lo for size, lo in zip(wanted, smallest))
 
-# %% ../nbs/06_transposed.ipynb #4a105bdc
+# %% ../nbs/06_transposed.ipynb #8191109b
 class _ConvTranspose(_ConvTransposeNd):
     "A transposed layer over `num_spatial_dims` axes."
 
@@ -107,7 +111,7 @@ class _ConvTranspose(_ConvTransposeNd):
                          output_padding, groups, bias, padding_mode, device, dtype,
                          data_format=data_format)
 
-# %% ../nbs/06_transposed.ipynb #13ca678a
+# %% ../nbs/06_transposed.ipynb #c9535387
 @patch
 def __call__(
     self: _ConvTranspose,
@@ -127,31 +131,34 @@ def __call__(
         return conv(input, self.weight, self.bias, self.stride, self.padding, output_padding,
                     self.groups, self.dilation, data_format=self.data_format)
 
-# %% ../nbs/06_transposed.ipynb #066e2fda
+# %% ../nbs/06_transposed.ipynb #351dd7e6
 class ConvTranspose1d(_ConvTranspose):
     """A transposed convolution over sequences, `(N, C, L)` or `(C, L)`, with PyTorch's arguments.
 
-    The weight is `(in_channels, out_channels/groups, k)`.
+    The weight is `(in_channels, out_channels/groups, k)`. Raises `ValueError` and `TypeError` for
+    arguments that no call could use.
     Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose1d.html>
     """
 
     num_spatial_dims = 1
 
-# %% ../nbs/06_transposed.ipynb #83d4bf5a
+# %% ../nbs/06_transposed.ipynb #5f73ee8e
 class ConvTranspose2d(_ConvTranspose):
     """A transposed convolution over pictures, `(N, C, H, W)` or `(C, H, W)`.
 
     The weight is `(in_channels, out_channels/groups, kh, kw)`. Arguments are PyTorch's.
+    Raises `ValueError` and `TypeError` for arguments that no call could use.
     Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose2d.html>
     """
 
     num_spatial_dims = 2
 
-# %% ../nbs/06_transposed.ipynb #f9496112
+# %% ../nbs/06_transposed.ipynb #07387cb6
 class ConvTranspose3d(_ConvTranspose):
     """A transposed convolution over volumes, `(N, C, D, H, W)` or `(C, D, H, W)`.
 
     The weight is `(in_channels, out_channels/groups, kd, kh, kw)`. Arguments are PyTorch's.
+    Raises `ValueError` and `TypeError` for arguments that no call could use.
     Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose3d.html>
     """
 

@@ -41,3 +41,13 @@ def seeded():
     try: import torch
     except ImportError: return
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    "How long the book takes: all notebooks, one after the other."
+    runs = [report for reports in terminalreporter.stats.values() for report in reports
+            if "::test_notebook[" in getattr(report, "nodeid", "")
+            and getattr(report, "when", None) == "call"]
+    if runs:
+        terminalreporter.write_line(f"the book: {len(runs)} notebooks executed in "
+                                    f"{sum(report.duration for report in runs):.0f} s in all")

@@ -1,36 +1,151 @@
-"""Every notebook runs from top to bottom: its asserts are tests, too."""
-import os
-import subprocess
+"""Every notebook runs from top to bottom on a clean kernel, and gives what it has saved.
+
+Its asserts are tests, too. The saved outputs are those of MLX's CPU backend on Linux: elsewhere
+the notebooks run, and only that is checked. Pictures are compared byte for byte where the same
+Matplotlib draws them.
+"""
+import base64
+import copy
+import re
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-pytest.importorskip("nbdev", reason="nbdev, which runs the notebooks, is not installed")
+for needed in ("nbclient", "nbformat", "ipykernel"): pytest.importorskip(needed)
+
+import matplotlib
+import nbformat
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in ROOT.glob("nbs/**/*.ipynb")
                    if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT).parts))
-RUN = """
-import sys
-from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
+SAME_BACKEND = sys.platform == "linux" and not (mx.metal.is_available() or mx.cuda.is_available())
+VERSION = re.compile(rb"Matplotlib (?:version ?|v)([\d.]+\d)")
 
-flags = get_config().tst_flags.split()
-passed, _ = test_nb(Path(sys.argv[1]).absolute(), skip_flags=flags, basepath=Path.cwd())
-sys.exit(not passed)
-"""
+
+def run(nb, folder):
+    "The notebook after a run in `folder` on a clean kernel. Raises what a cell raises."
+    nb = copy.deepcopy(nb)
+    for cell in nb.cells:
+        if cell.cell_type == "code": cell.outputs = []
+    NotebookClient(nb, timeout=300, kernel_name="python3",
+                   resources={"metadata": {"path": str(folder)}}).execute()
+    return nb
+
+
+def shown(cell):
+    "What a cell shows: its streams by name, its results by type."
+    found = []
+    for output in cell.get("outputs", []):
+        if output.output_type == "stream":
+            if found and found[-1][0] == output.name: found[-1][1] += output.text
+            else: found.append([output.name, output.text])
+        else: found += [[kind, _text(kind, value)] for kind, value in sorted(output.data.items())]
+    return found
+
+
+def _text(kind, value):
+    "Nbdev takes addresses out of text, and line ends from the end of pictures."
+    if kind.startswith("image/"): return value if "svg" in kind else value.strip()
+    if not isinstance(value, str): return value
+    return re.sub(r"(<.*?) at 0x[0-9a-fA-F]+(>)", r"\1\2", value)
+
+
+def stale(saved, again):
+    """What a run shows otherwise than the saved notebook, and whose Matplotlib is another one.
+
+    Both are lists of text: the first of differences, the second of pictures that were left out.
+    """
+    differences, left_out = [], []
+    for before, after in zip(saved.cells, again.cells, strict=True):
+        if before.cell_type != "code": continue
+        old, new = shown(before), shown(after)
+        if [kind for kind, _ in old] != [kind for kind, _ in new]:
+            differences.append(f"{before.source}\nshowed {old}\nshows {new}")
+            continue
+        for (kind, was), (_, is_now) in zip(old, new):
+            drawn_by = matplotlib_of(kind, was)
+            if drawn_by not in (None, matplotlib.__version__):
+                left_out.append(f"drawn by Matplotlib {drawn_by}, not {matplotlib.__version__}")
+            elif was != is_now:
+                short = f"\nwas {was}\nis  {is_now}" if kind[:5] != "image" else ", another picture"
+                differences.append(f"{before.source}\n{kind}{short}")
+    return differences, left_out
+
+
+def matplotlib_of(kind, value):
+    "The version of Matplotlib that a picture names; None for other outputs."
+    if not kind.startswith("image/"): return None
+    found = VERSION.search(value.encode() if "svg" in kind else base64.b64decode(value))
+    return found and found[1].decode()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=str)
-def test_notebook(path):
-    "By nbdev's runner, in a process of its own."
-    done = subprocess.run([sys.executable, "-c", RUN, path], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"MPLBACKEND": "Agg"})
-    assert done.returncode == 0, done.stderr
+def test_notebook(path, monkeypatch):
+    "One run: no cell fails, and each shows what it showed."
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own: figures are outputs
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    saved = nbformat.read(ROOT / path, as_version=4)
+    differences, left_out = stale(saved, run(saved, (ROOT / path).parent))
+    if not SAME_BACKEND: return
+    assert not differences, "run the notebook again and commit it:\n" + "\n\n".join(differences)
+    if left_out: pytest.skip(f"{len(left_out)} pictures not compared: {left_out[0]}")
 
 
 def test_there_are_notebooks():
     "The search above finds the pages."
     assert len(NOTEBOOKS) > 10
+
+
+# What the comparison finds -------------------------------------------------------------------
+
+SVG = "<svg><dc:title>Matplotlib v{}, https://matplotlib.org/</dc:title>{}</svg>"
+PNG = b"\x89PNG tEXtSoftware\0Matplotlib version%s, https://matplotlib.org/ %s"
+
+
+def page(*outputs):
+    "A notebook of one cell that shows `outputs`."
+    cell = nbformat.v4.new_code_cell("show()", outputs=list(outputs))
+    return nbformat.v4.new_notebook(cells=[cell])
+
+
+def text(value): return nbformat.v4.new_output("stream", name="stdout", text=value)
+
+
+def svg(version, drawing):
+    return nbformat.v4.new_output("display_data", {"image/svg+xml": SVG.format(version, drawing)})
+
+
+def png(version, drawing):
+    data = base64.b64encode(PNG % (version.encode(), drawing.encode())).decode()
+    return nbformat.v4.new_output("display_data", {"image/png": data})
+
+
+@pytest.mark.parametrize("before, after", (
+    ([text("1")], [text("2")]), ([text("1")], []), ([], [text("1")]),
+    ([svg(matplotlib.__version__, "a")], [svg(matplotlib.__version__, "b")]),
+    ([png(matplotlib.__version__, "a")], [png(matplotlib.__version__, "b")]),
+    ([svg("2.0.0", "a")], [text("a")]),
+), ids=("text", "nothing now", "nothing then", "SVG", "PNG", "text for a picture"))
+def test_finds_stale_outputs(before, after):
+    "Another text or picture, or one too few or too many."
+    assert len(stale(page(*before), page(*after))[0]) == 1
+    assert stale(page(*before), page(*before))[0] == []
+
+
+@pytest.mark.parametrize("picture", (svg, png))
+def test_leaves_out_pictures_of_another_matplotlib(picture):
+    "Their bytes say nothing about the page."
+    before, after = picture("2.0.0", "a"), picture(matplotlib.__version__, "b")
+    differences, left_out = stale(page(before), page(after))
+    assert differences == []
+    assert left_out == [f"drawn by Matplotlib 2.0.0, not {matplotlib.__version__}"]
+
+
+def test_finds_failures(tmp_path):
+    "A cell that raises."
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("assert 1 > 2")])
+    with pytest.raises(Exception, match="AssertionError"): run(nb, tmp_path)

@@ -2,7 +2,6 @@
 import configparser
 import importlib
 import pkgutil
-import re
 import shutil
 import statistics
 import subprocess
@@ -108,35 +107,6 @@ def test_exports_are_fresh(copied):
 def test_notebooks_are_clean(copied, path):
     "nbdev_clean has nothing to do."
     assert (ROOT / path).read_bytes() == (copied / path).read_bytes(), "run nbdev_clean"
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=str)
-def test_notebooks_have_outputs(path):
-    "A page shows what its code gave when it was run, and no failure."
-    nbformat = pytest.importorskip("nbformat")
-    nb = nbformat.read(ROOT / path, as_version=4)
-    outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
-    assert outputs
-    assert not [output for output in outputs if output.output_type == "error"]
-
-
-def test_titles_and_descriptions():
-    "Every page begins with a title and a description, and no two pages share either."
-    nbformat = pytest.importorskip("nbformat")
-    titles, descriptions = [], []
-    for path in NOTEBOOKS:
-        first = nbformat.read(ROOT / path, as_version=4).cells[0]
-        match = re.fullmatch(r"# ([^\n]+)\n+> ([^\n]+)(\n.*)?", first.source.strip(), re.S)
-        assert first.cell_type == "markdown" and match, f"{path}: no '# Title', '> description'"
-        titles.append(match[1])
-        descriptions.append(match[2])
-    assert len(set(titles)) == len(set(descriptions)) == len(NOTEBOOKS) > 10
-
-
-def test_the_sidebar_lists_every_page():
-    "Each notebook stands in the sidebar once, and nothing else does."
-    listed = re.findall(r"- (\S+\.ipynb)", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
-    assert sorted(listed) == sorted(str(path.relative_to("nbs")) for path in NOTEBOOKS)
 
 
 def test_quarto_settings_are_a_link():

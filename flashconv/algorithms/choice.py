@@ -22,10 +22,13 @@ from .overlap import overlap_add
 from .taps import places, taps
 from ..arithmetic import Geometry
 
-# %% ../../nbs/algorithms/choice.ipynb #3f8f3a67
+# %% ../../nbs/algorithms/choice.ipynb #24239aeb
 ALGORITHMS = {f.__name__: f for f in (native, matmul, taps, places, fft, overlap_add)}
 
-def possible(g: Geometry, dtype: mx.Dtype) -> list:
+def possible(
+    g: Geometry,  # the checked call
+    dtype: mx.Dtype,  # of input and weight
+) -> list:  # names, in the order of `ALGORITHMS`
     "The names of the algorithms that are defined for a call."
     half = dtype in (mx.float16, mx.bfloat16)
     defined = dict(
@@ -37,7 +40,7 @@ def possible(g: Geometry, dtype: mx.Dtype) -> list:
         overlap_add=g.transposed and mx.issubdtype(dtype, mx.inexact))
     return [name for name in ALGORITHMS if defined[name]]
 
-# %% ../../nbs/algorithms/choice.ipynb #f6cab5cd
+# %% ../../nbs/algorithms/choice.ipynb #9d2d04b5
 _MOST_STEPS = 256  # a longer graph costs more than it saves
 _SMALL = 2**18  # multiplications that take as long as preparing a few operations
 
@@ -59,10 +62,10 @@ def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
     if on_gpu:
         return ("native", "a GPU has a kernel for it") if "native" in names else (
             "matmul", "MLX's convolution lacks this dtype")
-    plain = dtype == mx.float32 and g.groups == max(g.dilation) == 1
+    plain = dtype in (mx.float32, mx.float16, mx.bfloat16) and g.groups == max(g.dilation) == 1
     return _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas)
 
-# %% ../../nbs/algorithms/choice.ipynb #9b38c818
+# %% ../../nbs/algorithms/choice.ipynb #4f54c5e1
 def _is_long(g, n_taps, n_places, per_group):
     "Whether transforms take less time than a product per tap, or one per output place."
     if g.transposed or max(*g.stride, *g.dilation) > 1: return False
@@ -70,7 +73,7 @@ def _is_long(g, n_taps, n_places, per_group):
     if per_group <= 4: return min(n_taps, n_places) >= few
     return some <= n_taps <= n_places and (len(g.stride) == 1 or per_group <= 16)
 
-# %% ../../nbs/algorithms/choice.ipynb #b074d126
+# %% ../../nbs/algorithms/choice.ipynb #f35f756c
 def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
     "The same for what is neither transposed nor long, on a CPU."
     if inner == 1 and per_group <= 4 and n_taps > 1: return "taps", "one channel per group"
@@ -80,7 +83,7 @@ def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
     if plain and as_good and fast_blas: return "native", "dense and channels last: as MLX has it"
     return "matmul", "a matrix product with the columns"
 
-# %% ../../nbs/algorithms/choice.ipynb #f14065eb
+# %% ../../nbs/algorithms/choice.ipynb #dfcfce8e
 _forced = ContextVar("algorithm", default=None)
 _tuned = {}  # (geometry, weight's shape, dtype, device) -> name, from `tune`
 
@@ -99,18 +102,23 @@ def algorithm(
     try: yield
     finally: _forced.reset(token)
 
-# %% ../../nbs/algorithms/choice.ipynb #4a62453e
+# %% ../../nbs/algorithms/choice.ipynb #1344fc60
 def choose(
     g: Geometry,  # the checked call
     weight_shape: tuple,  # of PyTorch's weight
     dtype: mx.Dtype,  # of input and weight
-    force: bool = False,  # whether an algorithm that `algorithm` names must be possible
+    force: bool = False,  # whether a forced algorithm must be possible
 ) -> Callable:  # algorithm(x, w, g)
     "The algorithm for one call on MLX's default device."
     return ALGORITHMS[choose_and_say_why(g, weight_shape, dtype, force)[0]]
 
-# %% ../../nbs/algorithms/choice.ipynb #f3fa611a
-def choose_and_say_why(g: Geometry, weight_shape: tuple, dtype: mx.Dtype, force=False) -> tuple:
+# %% ../../nbs/algorithms/choice.ipynb #cf89cc50
+def choose_and_say_why(
+    g: Geometry,  # the checked call
+    weight_shape: tuple,  # of PyTorch's weight
+    dtype: mx.Dtype,  # of input and weight
+    force: bool = False,  # whether a forced algorithm must be possible
+) -> tuple:  # name, reason
     "As `choose`: the algorithm's name, and the reason for it."
     name = _forced.get()
     if name is not None:

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['convolve', 'input_gradient', 'weight_gradient', 'add_bias']
 
-# %% ../../nbs/algorithms/derivatives.ipynb #9ca754f4
+# %% ../../nbs/algorithms/derivatives.ipynb #cf39c597
 from dataclasses import replace
 from functools import lru_cache
 
 import mlx.core as mx
 
 from .choice import choose
+from .matmul import matmul
 from .native import as_convolution
 from ..arithmetic import Geometry, transposed_output_size
 
-# %% ../../nbs/algorithms/derivatives.ipynb #5f4e0064
+# %% ../../nbs/algorithms/derivatives.ipynb #44fa41d3
 def convolve(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -31,14 +32,14 @@ def convolve(
 
 _watchers = []  # lists that `explain` has open
 
-# %% ../../nbs/algorithms/derivatives.ipynb #85c6402f
+# %% ../../nbs/algorithms/derivatives.ipynb #fc9e45d8
 def _turned(x, w, g):
     "A transposed convolution of stride 1 as a convolution."
     x, w, padding, _ = as_convolution(x, w, g)
     zeros = (0,) * len(g.stride)
     return x, w, replace(g, transposed=False, padding=padding, output_padding=zeros)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #18f90e7c
+# %% ../../nbs/algorithms/derivatives.ipynb #9fb8a973
 @lru_cache(maxsize=4096)
 def _with_rules(algorithm, g):
     "An algorithm as a function of two arrays that MLX differentiates and batches by our rules."
@@ -55,7 +56,7 @@ def _with_rules(algorithm, g):
 
     return run
 
-# %% ../../nbs/algorithms/derivatives.ipynb #365c2a60
+# %% ../../nbs/algorithms/derivatives.ipynb #a4749903
 def input_gradient(
     cotangent: mx.array,  # of the output
     w: mx.array,  # PyTorch's weight
@@ -71,14 +72,16 @@ def input_gradient(
     rest = tuple(i + sum(p) - r for i, p, r in zip(sizes, g.padding, reached))
     return convolve(cotangent, w, replace(back, output_padding=rest))
 
-# %% ../../nbs/algorithms/derivatives.ipynb #0ec6b576
+# %% ../../nbs/algorithms/derivatives.ipynb #f9db04e7
 def weight_gradient(
     x: mx.array,  # input
     cotangent: mx.array,  # of the output
     g: Geometry,  # of the convolution, transposed or not
 ) -> mx.array:  # cotangent of the weight, in PyTorch's layout
     "The cotangent of a convolution's weight: its input convolved with its output's cotangent."
-    if g.channels_last: x, cotangent = (mx.contiguous(mx.moveaxis(a, -1, 1)) for a in (x, cotangent))
+    if g.channels_last and _is_a_product(g): return _rows_product(x, cotangent, g)
+    if g.channels_last:
+        x, cotangent = (mx.contiguous(mx.moveaxis(a, -1, 1)) for a in (x, cotangent))
     if g.transposed: x, cotangent = cotangent, x
     xs, ys = (a.reshape(len(a), g.groups, -1, *a.shape[2:]) for a in (x, cotangent))
     xs = mx.flatten(xs.swapaxes(0, 2), 1, 2)  # (C/groups, groups * N, *spatial)
@@ -87,7 +90,22 @@ def weight_gradient(
                        g.groups, False, False, (len(xs), len(ys), *g.kernel_size))
     return convolve(xs, ys, swapped).swapaxes(0, 1)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #dc3d1342
+# %% ../../nbs/algorithms/derivatives.ipynb #8a8b5faf
+def _is_a_product(g):
+    "Whether each output sees one place, in one group."
+    padding = {amount for pair in g.padding for amount in pair}
+    return {*g.kernel_size, *g.stride, g.groups} == {1} and padding == {0} and not g.transposed
+
+def _rows_product(x, cotangent, g):
+    "The weight gradient of such a layer."
+    dtype, w_shape = x.dtype, (cotangent.shape[-1], x.shape[-1], *g.kernel_size)
+    for seen in _watchers: seen.append((matmul, x, mx.zeros(w_shape, dtype), g))
+    if dtype in (mx.float16, mx.bfloat16):
+        x, cotangent = x.astype(mx.float32), cotangent.astype(mx.float32)
+    w = mx.flatten(cotangent, 0, -2).T @ mx.flatten(x, 0, -2)
+    return w.reshape(w_shape).astype(dtype)
+
+# %% ../../nbs/algorithms/derivatives.ipynb #b970cd82
 def add_bias(
     y: mx.array,  # (N, O, *spatial), or (N, *spatial, O)
     bias: mx.array,  # (O,)
@@ -97,7 +115,7 @@ def add_bias(
     if not channels_last: bias = bias.reshape(-1, *(1,) * (y.ndim - 2))
     return y + bias if y.size <= 256 * bias.size else _plus(y, bias)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #2476a69b
+# %% ../../nbs/algorithms/derivatives.ipynb #ce20f1da
 @mx.custom_function
 def _plus(y, bias): return y + bias
 
@@ -111,7 +129,7 @@ def _plus_vjp(primals, cotangent, output):
         sums = sums.reshape(bias.size, -1, 64).sum(-1)
     return cotangent, sums.reshape(bias.shape).astype(bias.dtype)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #03832e55
+# %% ../../nbs/algorithms/derivatives.ipynb #aea2d38f
 def _batched(x, w, x_axis, w_axis, g):
     "One convolution that does the work of many; what they are many of comes first in the result."
     many = w.shape[w_axis] if x_axis is None else x.shape[x_axis]
@@ -129,7 +147,7 @@ def _batched(x, w, x_axis, w_axis, g):
     y = mx.moveaxis(mx.unflatten(y, channels, (blocks, many, -1)), channels + 1, 0)
     return mx.flatten(y, channels + 1, channels + 2)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #e7af5ee0
+# %% ../../nbs/algorithms/derivatives.ipynb #ce1cf3d5
 def _side_by_side(x, w, g, channels, many_inputs):
     "Input, weight and groups of the wide convolution, and the blocks its output channels come in."
     if many_inputs:

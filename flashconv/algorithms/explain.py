@@ -18,7 +18,7 @@ import mlx.core as mx
 from . import choice, derivatives
 from .matmul import column_bytes
 
-# %% ../../nbs/algorithms/explain.ipynb #877dfb6a
+# %% ../../nbs/algorithms/explain.ipynb #deb10db8
 class Run(NamedTuple):
     "One convolution that a call would run."
     part: str  # "forward", "input gradient" or "weight gradient"
@@ -28,7 +28,7 @@ class Run(NamedTuple):
     bytes: int  # input, weight and output
     workspace: int  # about how many bytes it needs besides; from 32 MiB on it is cut into tiles
 
-# %% ../../nbs/algorithms/explain.ipynb #805c2000
+# %% ../../nbs/algorithms/explain.ipynb #e15ac376
 def _watched(call, *args):
     "The convolutions that a call would run: (algorithm, x, w, geometry) each."
     seen = []
@@ -39,7 +39,7 @@ def _watched(call, *args):
 
 def _runs(part, call): return [_run(part, *each) for each in _watched(call)]
 
-# %% ../../nbs/algorithms/explain.ipynb #60d17ca1
+# %% ../../nbs/algorithms/explain.ipynb #585ef195
 def _run(part, algorithm, x, w, g):
     "What there is to say about one convolution."
     name, why = algorithm.__name__, choice.choose_and_say_why(g, w.shape, x.dtype)[1]
@@ -47,14 +47,14 @@ def _run(part, algorithm, x, w, g):
     column = column_bytes(g, channels, size)
     sums, values = prod(g.output_shape) * size, x.size // channels
     workspace = dict(native=column, matmul=column, taps=3 * sums,
-                     places=8 * prod(g.kernel_size) * len(x) * channels * size,
+                     places=column,
                      overlap_add=prod(g.kernel_size) * values * w.shape[1] * g.groups * size,
                      fft=2 * (x.size * size + sums))
     places = values if g.transposed else sums // size // len(w)
     return Run(part, name, why, 2 * places * w.size,
                x.nbytes + w.nbytes + prod(g.output_shape) * x.itemsize, workspace[name])
 
-# %% ../../nbs/algorithms/explain.ipynb #a71035ed
+# %% ../../nbs/algorithms/explain.ipynb #14e4338a
 class Explanation(tuple):
     "The runs of a call, as a table where it is printed."
     def __repr__(self):
@@ -66,12 +66,12 @@ class Explanation(tuple):
                                    for i, (c, n) in enumerate(zip(row, widths))).rstrip()
                          for row in rows)
 
-# %% ../../nbs/algorithms/explain.ipynb #605dd145
+# %% ../../nbs/algorithms/explain.ipynb #495cd1e5
 def explain(
     call: Callable,  # a layer, or a function of the input: `partial(conv2d, weight=w, stride=2)`
     input_shape: tuple,  # of the input, in the layout that the call takes
     dtype: mx.Dtype = mx.float32,  # of the input
-) -> Explanation:  # `Run`s, in the order in which they are made
+) -> Explanation:  # one run per convolution, in the order in which they are made
     """What would run for an input of a shape, forward and for both gradients. Nothing is computed.
 
     Raises what the call raises for such an input.
@@ -84,7 +84,7 @@ def explain(
         runs += _runs("weight gradient", partial(derivatives.weight_gradient, x, y, g))
     return Explanation(runs)
 
-# %% ../../nbs/algorithms/explain.ipynb #452cee4e
+# %% ../../nbs/algorithms/explain.ipynb #985f88ea
 def _seconds(call, rounds=3):
     "The median time of a call, after one to warm up."
     times = []
@@ -94,7 +94,7 @@ def _seconds(call, rounds=3):
         times.append(perf_counter() - start)
     return median(times[1:])
 
-# %% ../../nbs/algorithms/explain.ipynb #2fb88b33
+# %% ../../nbs/algorithms/explain.ipynb #742a8fd2
 def tune(
     call: Callable,  # a layer, or a function of the input
     input_shape: tuple,  # of the input

@@ -17,7 +17,7 @@ from ..arithmetic import Geometry, effective_kernel_size
 from ..dilation import insert_zeros
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/fft.ipynb #19f89c5c
+# %% ../../nbs/algorithms/fft.ipynb #b7edd928
 def fast_length(
     n: int,  # at least 1
 ) -> int:  # even, with prime factors 2, 3 and 5
@@ -30,14 +30,14 @@ def fast_length(
         if rest == 1: return n
         n += 2
 
-# %% ../../nbs/algorithms/fft.ipynb #c439eb8f
+# %% ../../nbs/algorithms/fft.ipynb #fcd05001
 def _lengths(g, sizes):
     "The ring's length per axis, for inputs of these sizes."
     return tuple(fast_length(max(size + before, k - before + (o - 1) * s, k))
                  for size, k, (before, _), o, s
                  in zip(sizes, g.kernel_size, g.padding, g.output_shape[2:], g.stride))
 
-# %% ../../nbs/algorithms/fft.ipynb #86d4f1da
+# %% ../../nbs/algorithms/fft.ipynb #2ad8ed95
 def _on_ring(x, w, lengths):
     "(N, groups, C/groups, *spatial) and (groups, O/groups, C/groups, *kernel), turned around."
     d = len(lengths)
@@ -51,7 +51,7 @@ def _on_ring(x, w, lengths):
     y = mx.fft.irfftn(x @ w, s=lengths, axes=axes)  # (*lengths, groups, N, O/groups)
     return y.transpose(d + 1, d, d + 2, *axes)
 
-# %% ../../nbs/algorithms/fft.ipynb #87c7ba19
+# %% ../../nbs/algorithms/fft.ipynb #453f9932
 def _whole(x, w, g):
     "A convolution on one ring. Strides leave out what they skip."
     lengths = _lengths(g, x.shape[2:])
@@ -64,7 +64,7 @@ def _whole(x, w, g):
     ys = [_on_ring(x, w[:, i : i + step], lengths)[kept] for i in range(0, w.shape[1], step)]
     return mx.concatenate(ys, 2).reshape(g.output_shape)
 
-# %% ../../nbs/algorithms/fft.ipynb #a565dbbf
+# %% ../../nbs/algorithms/fft.ipynb #131ee241
 _BLOCK = 4  # kernels per block
 
 def _in_blocks(x, w, g):
@@ -83,7 +83,7 @@ def _in_blocks(x, w, g):
     y = mx.unflatten(_whole(x, w, block), 0, (-1, count)).swapaxes(1, 2)
     return mx.flatten(y, 2, 3)[..., : out : g.stride[0]]
 
-# %% ../../nbs/algorithms/fft.ipynb #7f22c0e3
+# %% ../../nbs/algorithms/fft.ipynb #dd5b72cc
 def _as_plain(x, w, g):
     "Input, turned weight and geometry of a convolution with channels first and no dilation."
     x, w, padding, stride = as_convolution(x, w, g)
@@ -97,7 +97,7 @@ def _as_plain(x, w, g):
     return x, w, replace(g, kernel_size=w.shape[2:], stride=stride, padding=padding, dilation=ones,
                          transposed=False, channels_last=False, output_shape=out)
 
-# %% ../../nbs/algorithms/fft.ipynb #027a7ed1
+# %% ../../nbs/algorithms/fft.ipynb #ed29ad83
 def fft(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight

@@ -17,41 +17,57 @@ from .tiles import in_tiles
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/matmul.ipynb #9eb51e6f
+# %% ../../nbs/algorithms/matmul.ipynb #e378f89b
 def columns(
     x: mx.array,  # (N, C, *spatial), padded
     g: Geometry,  # of a convolution that is not transposed
 ) -> mx.array:  # (N, groups, C/groups * taps, places)
-    "The windows of `x`, side by side."
+    "What the taps meet at each place, as the columns of a matrix."
     out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
-    rows = [x[where] for _, where in slices(g.kernel_size, g.dilation, out, g.stride)]
-    stacked = mx.stack(rows, 2) if len(rows) > 1 else rows[0]
-    return stacked.reshape(len(x), g.groups, -1, prod(out))
+    if prod(g.kernel_size) <= 9 or len(out) != 2:
+        seen = [x[where] for _, where in slices(g.kernel_size, g.dilation, out, g.stride)]
+        x = mx.stack(seen, 2) if len(seen) > 1 else seen[0]
+    else: x = _unfolded(x, g, out)
+    return x.reshape(len(x), g.groups, -1, prod(out))
 
-# %% ../../nbs/algorithms/matmul.ipynb #325eecce
+# %% ../../nbs/algorithms/matmul.ipynb #842131ef
+def _unfolded(x, g, out):
+    "(N, C, *kernel_size, *out), first along the width and then along the height."
+    for axis in (1, 0):  # either is the fourth, once the taps of the width are the third
+        last = (out[axis] - 1) * g.stride[axis] + 1
+        starts = [tap * g.dilation[axis] for tap in range(g.kernel_size[axis])]
+        x = mx.stack([x[:, :, :, start : start + last : g.stride[axis]] for start in starts], 2)
+    return x
+
+# %% ../../nbs/algorithms/matmul.ipynb #069ccc0c
 def _multiplied(x, w, g):
     "A padded input (N, C, *spatial) times the weight, in the layout that the geometry asks for."
     column, w = columns(x, g), w.reshape(g.groups, len(w) // g.groups, -1)
-    if g.channels_last and g.groups == 1 and blas.fast():
-        return (column[:, 0].swapaxes(1, 2) @ w[0].T).reshape(g.output_shape)
+    if g.groups == 1 and blas.fast() and (g.channels_last or column.shape[3] < 64):
+        y = column[:, 0].swapaxes(1, 2) @ w.swapaxes(1, 2)  # (N, places, O)
+        return (y if g.channels_last else y.swapaxes(1, 2)).reshape(g.output_shape)
     y = w @ column
     if not g.channels_last: return y.reshape(g.output_shape)
     y = y.reshape(len(x), -1, *g.output_shape[1:-1])
     return mx.contiguous(mx.moveaxis(y, 1, -1))
 
-# %% ../../nbs/algorithms/matmul.ipynb #0157f9e2
+# %% ../../nbs/algorithms/matmul.ipynb #88d0b018
 def _padded_and_multiplied(x, w, g):
     if g.channels_last: x = mx.moveaxis(x, -1, 1)
     if g.channels_last and (g.groups > 1 or not blas.fast()): x = mx.contiguous(x)
     return _multiplied(pad_axes(x, {2 + axis: p for axis, p in enumerate(g.padding)}), w, g)
 
-# %% ../../nbs/algorithms/matmul.ipynb #463cc376
-def column_bytes(g: Geometry, channels: int, itemsize: int) -> int:
+# %% ../../nbs/algorithms/matmul.ipynb #eb2f6303
+def column_bytes(
+    g: Geometry,  # of a convolution that is not transposed
+    channels: int,  # of the input
+    itemsize: int,  # bytes of a value
+) -> int:  # bytes, 0 where nothing is copied
     "The size of all columns of a convolution with `channels` inputs."
     places = prod(g.output_shape) // g.output_shape[-1 if g.channels_last else 1]
     return places * channels * prod(g.kernel_size) * itemsize if prod(g.kernel_size) > 1 else 0
 
-# %% ../../nbs/algorithms/matmul.ipynb #f2231a2e
+# %% ../../nbs/algorithms/matmul.ipynb #bc744284
 def matmul(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight

@@ -13,14 +13,17 @@ from ..arithmetic import Geometry, effective_kernel_size
 from ..dilation import insert_zeros
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/native.ipynb #f93191b0
-def swap_channels(w: mx.array, groups: int) -> mx.array:
+# %% ../../nbs/algorithms/native.ipynb #c63f4ca0
+def swap_channels(
+    w: mx.array,  # (groups * a, b, *kernel_size)
+    groups: int,  # blocks of channels that don't see each other
+) -> mx.array:  # (groups * b, a, *kernel_size)
     "`(groups * a, b, *kernel)` as `(groups * b, a, *kernel)`."
     if groups == 1: return w.swapaxes(0, 1)
     blocks = w.reshape(groups, -1, *w.shape[1:])
     return mx.flatten(blocks.swapaxes(1, 2), 0, 1)
 
-# %% ../../nbs/algorithms/native.ipynb #f30f5c5e
+# %% ../../nbs/algorithms/native.ipynb #46bf768f
 def as_convolution(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -37,7 +40,7 @@ def as_convolution(
     w = swap_channels(w, g.groups)[(..., *[slice(None, None, -1)] * len(spans))]
     return x, w, tuple((max(a, 0), max(b, 0)) for a, b in amounts), (1,) * len(spans)
 
-# %% ../../nbs/algorithms/native.ipynb #2dabf513
+# %% ../../nbs/algorithms/native.ipynb #d5545b56
 def _by_depth(x, w, stride, padding, g):
     "A 3d convolution of (N, D, H, W, C) as a sum of 2d ones over planes."
     n, (out, *_) = len(x), g.output_shape[1:] if g.channels_last else g.output_shape[2:]
@@ -49,7 +52,7 @@ def _by_depth(x, w, stride, padding, g):
                                      tuple(zip(*padding[1:])), g.dilation[1:], groups=g.groups))
     return mx.unflatten(added(terms), 0, (n, -1))
 
-# %% ../../nbs/algorithms/native.ipynb #bbdd7276
+# %% ../../nbs/algorithms/native.ipynb #6a1593cb
 def native(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight

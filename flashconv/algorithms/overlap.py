@@ -17,7 +17,7 @@ from .tiles import TILE
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/overlap.ipynb #7dcd07d5
+# %% ../../nbs/algorithms/overlap.ipynb #487a645a
 class _Axis(NamedTuple):
     "What happens along one axis."
     phases: dict  # phase -> its taps, as (tap, where its run of stamps starts)
@@ -39,7 +39,7 @@ def _axis(n_taps, step, cut, distance, size, out):
     phases = {phase: [(tap, last - shift) for tap, shift in taps] for phase, taps in phases.items()}
     return _Axis(phases, count, last, last - min(shifts), size)
 
-# %% ../../nbs/algorithms/overlap.ipynb #51d6dd67
+# %% ../../nbs/algorithms/overlap.ipynb #055cd58f
 def _padding(axes, start, rows):
     "Zeros before and after along each axis, for the outputs `start : start + rows` of the first."
     starts, counts = [start] + [0] * len(axes), [rows, *(axis.count for axis in axes[1:])]
@@ -51,7 +51,7 @@ def _halo(axes):
     "Rows of stamps beyond the number of outputs."
     return axes[0].span + any(axis.span for axis in axes[1:])
 
-# %% ../../nbs/algorithms/overlap.ipynb #4305f66a
+# %% ../../nbs/algorithms/overlap.ipynb #4c56ff89
 def _stamps(x, w, pads, last):
     "(groups, O, taps, N, places) or (groups, N, places, taps, O), of inputs with groups in front."
     x = pad_axes(x, {(2 if last else 3) + axis: pad for axis, pad in enumerate(pads)})
@@ -61,7 +61,7 @@ def _stamps(x, w, pads, last):
     shape = (images, -1, *w.shape[2:]) if last else (*w.shape[2:], images, -1)
     return y.reshape(many, *shape)
 
-# %% ../../nbs/algorithms/overlap.ipynb #67872b72
+# %% ../../nbs/algorithms/overlap.ipynb #63152adf
 def _phase_sums(stamps, axes, kernel_size, rows, last):
     "For each phase, the sum of its taps: (N, groups, O, *places) or (N, *places, groups, O)."
     lengths = [rows, *(axis.count + axis.span for axis in axes[1:])]
@@ -77,11 +77,11 @@ def _phase_sums(stamps, axes, kernel_size, rows, last):
         y = mx.unflatten(added(terms), 2 if last else 3, lengths)[tuple(keep)]
         yield phase, mx.moveaxis(y, 0, -2) if last else mx.moveaxis(y, 2, 0)
 
-# %% ../../nbs/algorithms/overlap.ipynb #58908dc7
+# %% ../../nbs/algorithms/overlap.ipynb #c001c6d5
 _MOST_TILES = 256
 
 def _tiles(axes, images, groups, outputs, size):
-    "(images, groups, outputs, rows) as slices, where a tap's product at one place takes `size` bytes."
+    "(images, groups, outputs, rows) as slices; a tap's product at one place takes `size` bytes."
     halo, count = _halo(axes), axes[0].count
     row = size * prod(axis.count + axis.span for axis in axes[1:])
     whole = row * (count + halo) * images * groups * outputs
@@ -95,7 +95,7 @@ def _tiles(axes, images, groups, outputs, size):
     return product(*([slice(i, min(i + max(1, step), n)) for i in range(0, n, max(1, step))]
                      for n, step in zip(lengths, steps)))
 
-# %% ../../nbs/algorithms/overlap.ipynb #9b00edd3
+# %% ../../nbs/algorithms/overlap.ipynb #6aa8261e
 def overlap_add(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -114,16 +114,16 @@ def overlap_add(
         for where, part in _tile(x, w, g, axes, tile): y[where] = part.astype(y.dtype)
     return y.reshape(g.output_shape)
 
-# %% ../../nbs/algorithms/overlap.ipynb #1c4c8500
+# %% ../../nbs/algorithms/overlap.ipynb #5c924ac3
 def _grouped(x, w, g):
-    "(groups, C, N, *spatial) and (groups, C, O, taps), or (groups, N, *spatial, C) and (.., taps, O)."
+    "(groups, C, N, *spatial), (groups, C, O, taps); or (groups, N, *spatial, C), (.., taps, O)."
     w = mx.flatten(mx.unflatten(w, 0, (g.groups, -1)), 3)
     if w.dtype in (mx.float16, mx.bfloat16): w = w.astype(mx.float32)
     if not g.channels_last: return mx.moveaxis(mx.unflatten(x, 1, (g.groups, -1)), 0, 2), w
     x = mx.moveaxis(mx.unflatten(x, -1, (g.groups, -1)), -2, 0)
     return x, mx.contiguous(w.swapaxes(2, 3))
 
-# %% ../../nbs/algorithms/overlap.ipynb #d36f5e2d
+# %% ../../nbs/algorithms/overlap.ipynb #a447268f
 def _tile(x, w, g, axes, tile):
     "The parts of a tile, and where in the output they belong."
     last, (images, groups, outputs, rows) = g.channels_last, tile

@@ -17,22 +17,27 @@ from ..arithmetic import Geometry
 from ..dilation import insert_zeros
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/taps.ipynb #0da8a88c
-def slices(firsts, first_step, counts, step):
+# %% ../../nbs/algorithms/taps.ipynb #399b3579
+def slices(
+    firsts: tuple,  # how many slices, per axis
+    first_step: tuple,  # distance between their starts, per axis
+    counts: tuple,  # values in each, per axis
+    step: tuple,  # distance between those, per axis
+):  # yields (index, slice of the last axes)
     "For each index up to `firsts`, slices of `counts` values: from `index * first_step` by `step`."
     for index in product(*map(range, firsts)):
         starts = [i * f for i, f in zip(index, first_step)]
         yield index, (..., *(slice(start, start + (n - 1) * s + 1, s)
                              for start, n, s in zip(starts, counts, step)))
 
-# %% ../../nbs/algorithms/taps.ipynb #3fd5a3ea
+# %% ../../nbs/algorithms/taps.ipynb #2f7147e0
 def _channel_products(w, x):
     "`w @ x`, for integers too."
     if x.shape[-2] == 1: return w * x
     if mx.issubdtype(x.dtype, mx.inexact): return w @ x
     return added([w[..., c, None] * x[..., c, None, :] for c in range(x.shape[-2])])
 
-# %% ../../nbs/algorithms/taps.ipynb #e3382782
+# %% ../../nbs/algorithms/taps.ipynb #84e6fab4
 def added(
     terms: list,  # of arrays of one shape, at least one
 ) -> mx.array:  # their sum
@@ -41,7 +46,7 @@ def added(
         terms = [a + b for a, b in zip(terms[::2], terms[1::2])] + terms[len(terms) // 2 * 2 :]
     return terms[0]
 
-# %% ../../nbs/algorithms/taps.ipynb #6a612eae
+# %% ../../nbs/algorithms/taps.ipynb #4e0d1ed9
 def taps(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -54,7 +59,7 @@ def taps(
     y = _stamped(x, w, first) if g.transposed else in_tiles(_summed, x, w, first, size)
     return y.astype(dtype) if first is g else mx.moveaxis(y.astype(dtype), 1, -1)
 
-# %% ../../nbs/algorithms/taps.ipynb #773d1d61
+# %% ../../nbs/algorithms/taps.ipynb #c7d14ccd
 def _prepared(x, w, g):
     "Arrays in the precision of the sums, channels first, and their geometry."
     if x.dtype in (mx.float16, mx.bfloat16): x, w = x.astype(mx.float32), w.astype(mx.float32)
@@ -63,7 +68,7 @@ def _prepared(x, w, g):
     x = mx.contiguous(mx.moveaxis(x, -1, 1))  # one copy, where each tap would be a slow one
     return x, w, replace(g, channels_last=False, output_shape=(n, channels, *out))
 
-# %% ../../nbs/algorithms/taps.ipynb #2c7458fd
+# %% ../../nbs/algorithms/taps.ipynb #f1c3ebbc
 def _summed(x, w, g):
     "A convolution, channels first."
     out, w = g.output_shape[2:], w.reshape(g.groups, -1, *w.shape[1:])
@@ -73,7 +78,7 @@ def _summed(x, w, g):
                 for tap, where in slices(g.kernel_size, g.dilation, out, g.stride)])
     return y.reshape(len(x), -1, *out)
 
-# %% ../../nbs/algorithms/taps.ipynb #519a5050
+# %% ../../nbs/algorithms/taps.ipynb #32e5c9ac
 def _stamped(x, w, g):
     "A transposed convolution, channels first."
     out, size, batch = g.output_shape[2:], x.shape[2:], len(x)
@@ -88,26 +93,42 @@ def _stamped(x, w, g):
                                    for axis, (start, n) in enumerate(zip(starts, full), 2)}))
     return added(stamps)[(..., *(slice(p[0], p[0] + o) for o, p in zip(out, g.padding)))]
 
-# %% ../../nbs/algorithms/taps.ipynb #a2dfde32
+# %% ../../nbs/algorithms/taps.ipynb #0f628dc6
 def places(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # everything else, of a convolution that is not transposed
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
-    "One product per output place, for every dtype."
+    "One product for all output places, for every dtype."
     dtype = x.dtype
     x, w, first = _prepared(x, w, g)
-    size = 8 * len(x) * x.shape[1] * prod(g.kernel_size) * x.itemsize  # for 8 places at a time
+    size = len(x) * x.shape[1] * prod(g.kernel_size) * prod(first.output_shape[2:]) * x.itemsize
     y = in_tiles(_placed, x, w, first, size).astype(dtype)
     return y if first is g else mx.moveaxis(y, 1, -1)
 
-# %% ../../nbs/algorithms/taps.ipynb #d38db779
+# %% ../../nbs/algorithms/taps.ipynb #6d5097f8
 def _placed(x, w, g):
     "The same, channels first."
-    out = g.output_shape[2:]
+    n, out = len(x), g.output_shape[2:]
     x = pad_axes(x, {2 + axis: amounts for axis, amounts in enumerate(g.padding)})
-    w = w.reshape(g.groups, len(w) // g.groups, -1).swapaxes(1, 2)  # (groups, inner, O/groups)
-    ys = [_channel_products(x[where].reshape(len(x), g.groups, -1).swapaxes(0, 1), w)
-          for _, where in slices(out, g.stride, g.kernel_size, g.dilation)]
-    y = mx.stack(ys, -1).swapaxes(0, 1)  # (N, groups, O/groups, places)
-    return y.reshape(len(x), -1, *out)
+    w = w.reshape(g.groups, len(w) // g.groups, -1)
+    if mx.issubdtype(x.dtype, mx.inexact): y = w @ _rows(x, g).swapaxes(1, 2)
+    else: y = mx.flatten(mx.stack(_one_by_one(x, w, g), -1), 2, 3)
+    y = mx.unflatten(y, 2, (n, *out))  # (groups, O/groups, N, *out)
+    return mx.flatten(mx.moveaxis(y, 2, 0), 1, 2)
+
+# %% ../../nbs/algorithms/taps.ipynb #60fb7250
+def _rows(x, g):
+    "What each place sees: (groups, N * places, C/groups * taps)."
+    by_groups = mx.unflatten(x, 1, (g.groups, -1)).swapaxes(0, 1)
+    seen = [by_groups[where] for where in _places(g)]
+    return mx.stack(seen, 2).reshape(g.groups, len(x) * len(seen), -1)
+
+def _one_by_one(x, w, g):
+    "For integers, which `mx.matmul` refuses: (groups, O/groups, N) for each place."
+    return [_channel_products(w, x[where].reshape(len(x), g.groups, -1).transpose(1, 2, 0))
+            for where in _places(g)]
+
+def _places(g):
+    out = g.output_shape[2:]
+    return [where for _, where in slices(out, g.stride, g.kernel_size, g.dilation)]

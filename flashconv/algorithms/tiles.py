@@ -14,25 +14,25 @@ import mlx.core as mx
 from ..arithmetic import Geometry, effective_kernel_size
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/tiles.ipynb #0d5200a0
+# %% ../../nbs/algorithms/tiles.ipynb #f32bdc4d
 def _runs(length, parts):
-    "`length` things in at most `parts` runs of equal length, but for the last: (start, stop) pairs."
+    "`length` things in at most `parts` runs of one length, but for the last: (start, stop) pairs."
     step = -(-length // parts)
     return [(i, min(i + step, length)) for i in range(0, length, step)]
 
-# %% ../../nbs/algorithms/tiles.ipynb #a4d2b127
+# %% ../../nbs/algorithms/tiles.ipynb #a9c6c490
 def _resized(g, axis, size): return (*g.output_shape[:axis], size, *g.output_shape[axis + 1 :])
 
 def _cut(a, axis, start, stop): return a[(slice(None),) * axis + (slice(start, stop),)]
 
-# %% ../../nbs/algorithms/tiles.ipynb #cea34e01
+# %% ../../nbs/algorithms/tiles.ipynb #76db3055
 def _by_batch(x, w, g, parts):
     "The parts of a batch: their inputs, weights and geometries, and the axis of the output."
     tiles = [(x[a:b], w, replace(g, output_shape=_resized(g, 0, b - a)))
              for a, b in _runs(len(x), parts)]
     return tiles, 0
 
-# %% ../../nbs/algorithms/tiles.ipynb #50184d52
+# %% ../../nbs/algorithms/tiles.ipynb #e2f6eeb3
 def _by_groups(x, w, g, parts):
     "The same for groups. The weights of a group lie together, transposed or not."
     axis, tiles = len(g.output_shape) - 1 if g.channels_last else 1, []
@@ -42,7 +42,7 @@ def _by_groups(x, w, g, parts):
         tiles.append((_cut(x, axis, a * size[0], b * size[0]), w[a * size[1] : b * size[1]], part))
     return tiles, axis
 
-# %% ../../nbs/algorithms/tiles.ipynb #6f91ec02
+# %% ../../nbs/algorithms/tiles.ipynb #17a9d853
 def _by_rows(x, w, g, parts, spatial):
     "The same for runs of outputs along a spatial axis, which is padded before it is cut."
     axis = spatial + (1 if g.channels_last else 2)
@@ -54,7 +54,7 @@ def _by_rows(x, w, g, parts, spatial):
         tiles.append((_cut(x, axis, a * step, (b - 1) * step + span), w, part))
     return tiles, axis
 
-# %% ../../nbs/algorithms/tiles.ipynb #0c33b1c1
+# %% ../../nbs/algorithms/tiles.ipynb #14f1de34
 WHOLE, TILE = 32 * 2**20, 4 * 2**20  # bytes
 _MOST_TILES = 256
 

@@ -1,0 +1,183 @@
+"""The book is whole, by tools/check_book.py, and each of its checks finds what it is for."""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+for needed in ("nbdev", "nbformat", "mistune", "yaml"): pytest.importorskip(needed)
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import check_book
+from check_book import CHECKS, problems, process, read_book
+
+
+@pytest.fixture(scope="session")
+def processed(tmp_path_factory):
+    "A copy of the repository, with its notebooks as nbdev hands them to Quarto."
+    return process(ROOT, tmp_path_factory.mktemp("processed") / "book")
+
+
+@pytest.fixture(scope="session")
+def book(processed): return read_book(processed)
+
+
+@pytest.fixture(scope="session")
+def standing(book):
+    "What the checks say of the book as it is."
+    return set(problems(book))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_book(book, check):
+    "The book as it is committed."
+    found = list(check(book))
+    assert not found, "\n".join(found)
+
+
+def test_there_are_pages(book):
+    "The search for notebooks finds them."
+    assert len(book.pages) > 20 and len(book.readme.links) > 10
+
+
+# Each check can fail -------------------------------------------------------------------------
+
+PICTURE = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBORw0KGgo="}}
+FAILURE = {"output_type": "error", "ename": "ValueError", "evalue": "", "traceback": []}
+
+
+@pytest.fixture
+def broken(processed, standing, tmp_path):
+    "What the checks say of the book after a change, and did not say before."
+    def after(change):
+        copy = shutil.copytree(processed, tmp_path / "book", symlinks=True)
+        change(copy)
+        return set(problems(read_book(copy))) - standing
+    return after
+
+
+def edit(path, old, new):
+    "The change that replaces `old` in a file."
+    def change(root):
+        text = (root / path).read_text(encoding="utf-8")
+        assert old in text
+        (root / path).write_text(text.replace(old, new, 1), encoding="utf-8")
+    return change
+
+
+def add(kind, source, outputs=None):
+    "The change that adds a cell to a page."
+    def change(root):
+        path = root / "_proc" / "01_padding.ipynb"
+        nb = json.loads(path.read_text(encoding="utf-8"))
+        cell = {"cell_type": kind, "id": "sample", "metadata": {}, "source": source}
+        if kind == "code": cell |= {"execution_count": None, "outputs": outputs or []}
+        nb["cells"].append(cell)
+        path.write_text(json.dumps(nb), encoding="utf-8")
+    return change
+
+
+def strip_outputs(root):
+    path = root / "_proc" / "01_padding.ipynb"
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code": cell["outputs"] = []
+    path.write_text(json.dumps(nb), encoding="utf-8")
+
+
+def markdown(text):
+    "A Markdown output."
+    return [{"output_type": "display_data", "metadata": {}, "data": {"text/markdown": text}}]
+
+
+SITE = "https://flashconv.github.io/flashconv/"
+CODE = "https://github.com/flashconv/flashconv/blob/main/"
+PAGE = "_proc/01_padding.ipynb"
+BROKEN = {
+    "no title": (edit(PAGE, "title: Padding", "subtitle: Padding"), "no title"),
+    "no description": (edit(PAGE, "description: ", "subtitle: "), "no description"),
+    "a title twice": (edit(PAGE, "title: Padding", "title: Dilation"), "the title of"),
+    "not in the sidebar": (edit("_quarto.yml", "- 01_padding.ipynb", "- index.ipynb"),
+                           "the sidebar lacks 01_padding.ipynb"),
+    "twice in the sidebar": (edit("_quarto.yml", "- 01_padding.ipynb",
+                                  "- 01_padding.ipynb\n          - 01_padding.ipynb"), "twice"),
+    "nothing for the sidebar": (edit("_quarto.yml", "- 01_padding.ipynb", "- 01_pad.ipynb"),
+                                "there is no 01_pad.ipynb"),
+    "a link to no page": (add("markdown", "[a](99_none.ipynb)"), "no page or file"),
+    "a link out of the book": (add("markdown", "[a](../README.md)"), "no page or file"),
+    "a link to no heading": (add("markdown", "[a](02_dilation.ipynb#none)"), "no heading"),
+    "a link to no heading here": (add("markdown", "[a](#none)"), "no heading"),
+    "a link to no page of the site": (add("markdown", f"[a]({SITE}none.html)"), "no page or file"),
+    "a link to no name": (add("markdown", f"[a]({SITE}conv.html#conv9d)"), "no heading"),
+    "a link to no file": (add("markdown", f"[a]({CODE}none.py)"), "no file"),
+    "a link to no line": (add("markdown", f"[a]({CODE}setup.py#L999)"), "no such line"),
+    "a link in HTML": (add("markdown", '<a href="99_none.ipynb">a</a>'), "no page or file"),
+    "a link in an output": (add("code", "f()", markdown("[a](99_none.ipynb)")), "no page or file"),
+    "a link of the README": (edit("README.md", "](nbs/01_padding.ipynb)", "](nbs/1.ipynb)"),
+                             "README.md: no page or file"),
+    "a link of the README for nbs/": (edit("README.md", "](nbs/01_padding.ipynb)",
+                                           "](01_padding.ipynb)"), "README.md: no page or file"),
+    "no picture": (add("markdown", "![a window](images/none.png)"), "no picture"),
+    "no picture in the README": (edit("README.md", "](nbs/images/demo.png)", "](images/demo.png)"),
+                                 "README.md: no picture"),
+    "no alt text": (add("markdown", "![](images/demo.png)"), "no alt text"),
+    "no alt text in HTML": (add("markdown", '<img src="images/demo.png">'), "no alt text"),
+    "no alt text of an output": (add("code", '#| fig-cap: "A"\nplot()', [PICTURE]), "no fig-alt"),
+    "no caption": (add("code", '#| fig-alt: "A"\nplot()', [PICTURE]), "no fig-cap"),
+    "no outputs": (strip_outputs, "no outputs"),
+    "a failure": (add("code", "f()", [FAILURE]), "a failure"),
+    "a wide line": (add("code", "f(" + "1" * 100 + ")"), "103 columns"),
+    "a wide line in the prose": (add("markdown", "~~~sh\n" + "1" * 101 + "\n~~~"), "101 columns"),
+    "a link in a signature": (add("code", "f()", markdown(f"```\nf() # [`pad`]({SITE})\n```")),
+                              "a link in code"),
+    "a sentence that leads nowhere": (add("markdown", "Like so:"), "nothing follows 'Like so:'"),
+    "no entry": (edit(PAGE, "### pad_axes", "### elsewhere"), "padding.pad_axes: no entry"),
+    "no page of a module": (edit("nbs/01_padding.ipynb", "default_exp padding", "default_exp p"),
+                            "padding.pad: no page"),
+}
+
+
+@pytest.mark.parametrize("change, message", BROKEN.values(), ids=BROKEN)
+def test_finds(broken, change, message):
+    "A book that is broken in one place."
+    found = broken(change)
+    assert any(message in line for line in found), found
+
+
+def bare(x): return x
+
+
+@pytest.mark.parametrize("value, message", ((bare, "no docstring"), (bare, "what is x?"),
+                                            (3, "nowhere on its page")),
+                         ids=("docstring", "argument", "constant"))
+def test_finds_undocumented_names(book, value, message):
+    "A public name that nobody explains."
+    found = list(check_book.names(book, [("padding", "bare", value)]))
+    assert any(line == f"padding.bare: {message}" for line in found), found
+
+
+@pytest.mark.parametrize("old, new, message", (
+    ("import mlx.core as mx", "import no_such_module", "no_such_module"),
+    ("from fastcore.test import *", "from fastcore.test import *; x = 1", "imports and other code"),
+), ids=("failing", "mixed"))
+def test_what_nbdev_cannot_process(tmp_path, old, new, message):
+    "A notebook that the build of the site can't take is an error, not a page less."
+    root = shutil.copytree(ROOT, tmp_path / "root", symlinks=True,
+                           ignore=shutil.ignore_patterns(*check_book.UNSEEN))
+    edit("nbs/01_padding.ipynb", old, new)(root)
+    with pytest.raises(RuntimeError, match=message): process(root, tmp_path / "book")
+
+
+@pytest.mark.parametrize("heading, anchor", (
+    ("How much padding is 'same'?", "how-much-padding-is-same"),
+    ("ReceptiveField", "receptivefield"), ("_ConvNd", "convnd"),
+    ("1x1 kernels... and k=3", "x1-kernels-and-k3"),
+    ("What works here that mlx.nn lacks", "what-works-here-that-mlx.nn-lacks"), ("3", "section"),
+))
+def test_anchors_are_pandocs(heading, anchor):
+    "As Pandoc 3.9 makes them."
+    assert check_book._anchor(heading, []) == anchor
+    assert check_book._anchor(heading, [anchor]) == anchor + "-1"

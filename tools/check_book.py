@@ -1,0 +1,315 @@
+"""Check the book as far as that goes without Quarto: python tools/check_book.py
+
+nbdev turns the notebooks into the pages that Quarto renders. The checks read those pages, and
+tests/test_book.py shows that each of them can fail. Each check yields a line for each problem.
+"""
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from configparser import ConfigParser
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import mistune
+import nbformat
+import yaml
+from fastcore.docments import docments
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = 100
+UNSEEN = (".*", "_proc", "_docs", "__pycache__", "build", "dist", "*.egg-info")
+MARKDOWN = mistune.create_markdown(renderer=None, plugins=["table", "math"])
+PROCESS = "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(n_workers=2)\n"
+
+
+# Pages ---------------------------------------------------------------------------------------
+
+class _Html(HTMLParser):
+    "The links, pictures and anchors in HTML that stands among the Markdown."
+    def __init__(self, page):
+        super().__init__()
+        self.page = page
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag == "a" and "href" in given: self.page.links.append(given["href"])
+        if tag == "img": self.page.images.append((given.get("src", ""), given.get("alt") or ""))
+        if given.get("id"): self.page.anchors.append(given["id"])
+
+
+@dataclass
+class Page:
+    "What the checks ask of a page: of a processed notebook, or of README.md."
+    path: Path  # relative to the folder of pages
+    cells: list = field(default_factory=list)
+    settings: dict = field(default_factory=dict)  # title, description, output-file
+    headings: list = field(default_factory=list)  # as written
+    anchors: list = field(default_factory=list)  # what a link may name after its #
+    links: list = field(default_factory=list)
+    images: list = field(default_factory=list)  # (address, alt text)
+    code: list = field(default_factory=list)  # cells, and blocks in the prose
+    blocks: list = field(default_factory=list)  # in what cells print: signatures
+    module: str = ""  # the one that is exported from it
+
+    def read(self, text, printed=False):
+        "Take in Markdown, of the prose or printed by a cell."
+        for token in MARKDOWN(text): self._take(token, self.blocks if printed else self.code)
+
+    def _take(self, token, code):
+        kind, attributes = token["type"], token.get("attrs", {})
+        if kind == "heading":
+            self.headings.append(_text(token))
+            self.anchors.append(_anchor(_text(token), self.anchors))
+        elif kind == "link": self.links.append(attributes["url"])
+        elif kind == "image": self.images.append((attributes["url"], _text(token)))
+        elif kind == "block_code": code.append(token["raw"])
+        elif kind in ("block_html", "inline_html"): _Html(self).feed(token["raw"])
+        for child in token.get("children", []): self._take(child, code)
+
+    @property
+    def address(self):
+        "Where the site has the page."
+        return str(self.path.with_name(self.settings.get("output-file", self.path.name)))
+
+
+def _text(token):
+    "What a reader sees of a token."
+    return token.get("raw", "") + "".join(map(_text, token.get("children", [])))
+
+
+def _anchor(heading, taken):
+    "The identifier that Pandoc gives a heading."
+    words = re.sub(r"[^\w\s.-]", "", heading.replace("...", "").lower())
+    base = re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", words.strip())) or "section"
+    names = [base] + [f"{base}-{i}" for i in range(1, len(taken) + 1)]
+    return next(name for name in names if name not in taken)
+
+
+def read_page(path, folder, source):
+    "A processed notebook, and from its source the module that nbdev leaves out of it."
+    page = Page(path.relative_to(folder), nbformat.read(path, as_version=4).cells)
+    exported = re.search(r"#\| default_exp (\S+?)[\\\"]", source.read_text(encoding="utf-8"))
+    if exported: page.module = exported[1]
+    for cell in page.cells:
+        if cell.cell_type == "raw" and cell.source.startswith("---"):
+            page.settings |= yaml.safe_load(cell.source.strip().strip("-"))
+        if cell.cell_type == "markdown": page.read(cell.source)
+        if cell.cell_type == "code": page.code.append(cell.source)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            page.read(data.get("text/markdown", ""), printed=True)
+            if "text/markdown" not in data: _Html(page).feed(data.get("text/html", ""))
+    return page
+
+
+@dataclass
+class Book:
+    "A repository and its processed notebooks."
+    root: Path
+    pages: list
+    readme: Page
+
+    @property
+    def settings(self):
+        "settings.ini"
+        config = ConfigParser(delimiters=["="])
+        config.read(self.root / "settings.ini", encoding="utf-8")
+        return config["DEFAULT"]
+
+
+def process(root, folder):
+    "Copy the repository into `folder` and process the notebooks there."
+    shutil.copytree(root, folder, symlinks=True, ignore=shutil.ignore_patterns(*UNSEEN))
+    done = subprocess.run([sys.executable, "-c", PROCESS], cwd=folder, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(folder)})
+    if done.returncode or "imports and other code" in done.stderr:  # which fails sooner or later
+        raise RuntimeError(f"the notebooks can't be processed:\n{done.stderr}")
+    return folder
+
+
+def read_book(root):
+    "The book in a folder that `process` has filled."
+    folder, readme = root / "_proc", Page(Path("README.md"))
+    readme.read((root / "README.md").read_text(encoding="utf-8"))
+    pages = [read_page(path, folder, root / "nbs" / path.relative_to(folder))
+             for path in sorted(folder.rglob("*.ipynb"))]
+    return Book(root, pages, readme)
+
+
+# Checks --------------------------------------------------------------------------------------
+
+def titles(book):
+    "Every page has a title and a description, which no other page has."
+    for key in ("title", "description"):
+        seen = {}
+        for page in book.pages:
+            value = page.settings.get(key)
+            if not value: yield f"{page.path}: no {key}"
+            elif value in seen: yield f"{page.path}: the {key} of {seen[value]}"
+            seen[value] = page.path
+
+
+def sidebar(book):
+    "The sidebar lists every page once, and nothing else."
+    def listed(entry):
+        if isinstance(entry, str): return [entry]
+        return [page for inner in entry["contents"] for page in listed(inner)]
+    quarto = yaml.safe_load((book.root / "_quarto.yml").read_text(encoding="utf-8"))
+    entries = listed(quarto["website"]["sidebar"])
+    pages = {str(page.path) for page in book.pages}
+    for page in sorted(pages - set(entries)): yield f"_quarto.yml: the sidebar lacks {page}"
+    for entry in sorted(set(entries) - pages): yield f"_quarto.yml: there is no {entry}"
+    for entry in sorted(set(entries)):
+        if entries.count(entry) > 1: yield f"_quarto.yml: the sidebar has {entry} twice"
+
+
+def links(book):
+    "Links lead to pages, headings and files that there are. Other sites are not asked."
+    for page in book.pages:
+        for link in page.links: yield from _dead(book, page, link, book.root / "_proc")
+    for link in book.readme.links: yield from _dead(book, book.readme, link, book.root)
+
+
+def _dead(book, page, link, folder):
+    "What is wrong with one link of a page that lies in `folder`."
+    settings, parts = book.settings, urlsplit(link)
+    code = f"{settings['git_url']}/blob/{settings['branch']}/"
+    site = settings["doc_host"] + settings["doc_baseurl"] + "/"
+    if link.startswith(code):
+        yield from _dead_line(book, page, link, link.removeprefix(code))
+    elif link.startswith(site) or not parts.scheme:
+        file = (folder / page.path.parent / unquote(parts.path)).resolve()
+        if link.startswith(site): path = link.removeprefix(site).partition("#")[0]
+        elif not parts.path: path = page.address
+        else:
+            pages = (folder / "nbs" if page is book.readme else folder).resolve()
+            path = str(file.relative_to(pages)) if file.is_relative_to(pages) else ""
+        target = [p for p in (*book.pages, book.readme) if path in (p.address, str(p.path))]
+        there = file.exists() and file.is_relative_to(folder.resolve())
+        if not target and (link.startswith(site) or not there):
+            yield f"{page.path}: no page or file for {link}"
+        elif target and parts.fragment and unquote(parts.fragment) not in target[0].anchors:
+            yield f"{page.path}: no heading for {link}"
+
+
+def _dead_line(book, page, link, rest):
+    "What is wrong with a link to a file of this repository on its host."
+    path, _, line = rest.partition("#L")
+    file = book.root / unquote(path)
+    if not file.is_file(): yield f"{page.path}: no file for {link}"
+    elif line and int(line) > len(file.read_text(encoding="utf-8").splitlines()):
+        yield f"{page.path}: no such line: {link}"
+
+
+def pictures(book):
+    "Pictures are there, and have alt text; those that code draws have a caption as well."
+    for page in [*book.pages, book.readme]:
+        folder = book.root if page is book.readme else book.root / "_proc"
+        for address, alt in page.images:
+            if not alt.strip(): yield f"{page.path}: no alt text for {address[:80]}"
+            if urlsplit(address).scheme: continue
+            if not (folder / page.path.parent / unquote(address)).is_file():
+                yield f"{page.path}: no picture at {address}"
+        for cell in page.cells:
+            kinds = {kind for output in cell.get("outputs", []) for kind in output.get("data", {})}
+            if not any(kind.startswith("image/") for kind in kinds): continue
+            for option in ("fig-cap", "fig-alt"):
+                if not re.search(rf'^#\| {option}: *"?\w', cell.source, re.M):
+                    yield f"{page.path}: no {option} for the picture of {_first(cell)!r}"
+
+
+def _first(cell):
+    "The first line of code in a cell."
+    return next((line for line in cell.source.splitlines() if not line.startswith("#")), "")
+
+
+def outputs(book):
+    "Every page shows what its code gave when it was run, and no failure."
+    for page in book.pages:
+        found = [output for cell in page.cells for output in cell.get("outputs", [])]
+        if not found: yield f"{page.path}: no outputs"
+        if any(output.output_type == "error" for output in found):
+            yield f"{page.path}: a failure among the outputs"
+
+
+def code(book):
+    "Code fits into a page, and has no links in it, which nbdev makes of names in backticks."
+    for page in [*book.pages, book.readme]:
+        for line in (line for block in page.code for line in block.splitlines()):
+            if len(line) > COLUMNS and not line.startswith("#| "):
+                yield f"{page.path}: {len(line)} columns: {line}"
+        for line in (line for block in page.blocks for line in block.splitlines()):
+            if "](http" in line: yield f"{page.path}: a link in code: {line.strip()}"
+
+
+def leads(book):
+    "A sentence that ends in a colon leads to something: nbdev leaves out what is only exported."
+    for page in book.pages:
+        for cell, after in zip(page.cells, [*page.cells[1:], None]):
+            if cell.cell_type != "markdown" or not cell.source.rstrip().endswith(":"): continue
+            if after is None or after.cell_type != "code":
+                yield f"{page.path}: nothing follows {cell.source.rstrip().splitlines()[-1]!r}"
+
+
+def public_names(package="flashconv"):
+    "(module, name, object) of everything public, where it is defined."
+    top = importlib.import_module(package)
+    modules = [top] + [importlib.import_module(found.name)
+                       for found in pkgutil.walk_packages(top.__path__, package + ".")
+                       if not found.name.endswith(("__main__", "_modidx"))]
+    seen = set()
+    for module in modules[1:] + modules[:1]:
+        for name in getattr(module, "__all__", []):
+            value = getattr(module, name)
+            home = getattr(value, "__module__", None) or module.__name__
+            if inspect.ismodule(value) or (home, name) in seen: continue
+            if not home.startswith(package): home = module.__name__
+            seen.add((home, name))
+            yield home.removeprefix(package + "."), name, value
+
+
+def names(book, public=None):
+    "Every public name is documented on the page of its module, and so is every argument."
+    pages = {page.module: page for page in book.pages}
+    for module, name, value in public_names() if public is None else public:
+        if module not in pages: yield f"{module}.{name}: no page"
+        elif not callable(value):
+            if not any(re.search(rf"\b{name}\b", block) for block in pages[module].code):
+                yield f"{module}.{name}: nowhere on its page"
+        else:
+            if name not in pages[module].headings: yield f"{module}.{name}: no entry on its page"
+            if not inspect.getdoc(value): yield f"{module}.{name}: no docstring"
+            for argument in _unexplained(value): yield f"{module}.{name}: what is {argument}?"
+
+
+def _unexplained(value):
+    "The arguments of a function or class, and the fields of a named tuple, without a comment."
+    if hasattr(value, "_fields"):
+        source = inspect.getsource(value)
+        return [name for name in value._fields if not re.search(rf"^ +{name}:.*  # ", source, re.M)]
+    if isinstance(value, type) and not inspect.isfunction(value.__init__): return []
+    explained = docments(inspect.unwrap(value))
+    return [name for name in inspect.signature(value).parameters if not explained.get(name)]
+
+
+CHECKS = (titles, sidebar, links, pictures, outputs, code, leads, names)
+
+
+def problems(book):
+    "What all checks find."
+    return [line for check in CHECKS for line in check(book)]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        found = problems(read_book(process(ROOT, Path(folder) / "book")))
+    print("\n".join(found or [f"the book is whole: {', '.join(c.__name__ for c in CHECKS)}"]))
+    sys.exit(bool(found))
