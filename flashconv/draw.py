@@ -7,7 +7,7 @@ __all__ = ['BLUE', 'ORANGE', 'CYAN', 'INK', 'GREY', 'PAPER', 'WIDTH', 'HEIGHT', 
            'animation', 'matrix', 'padding_modes', 'receptive_field', 'dilation_taps', 'groups', 'overlap',
            'output_sizes', 'feature_maps', 'kernels', 'figure']
 
-# %% ../nbs/09_draw.ipynb #6e8ac943
+# %% ../nbs/09_draw.ipynb #f5c17267
 import base64
 import re
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 from fastcore.basics import patch
 from fastcore.meta import delegates
+from matplotlib import __version__ as matplotlib_version
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -1038,7 +1039,7 @@ def _house():
         "axes.titlesize": FONT, "legend.frameon": False, "savefig.dpi": 200,
         "axes.prop_cycle": "cycler('color', ['#2f6db3', '#d97706', '#0f9d94', '#6b6b6b'])"}])
 
-# %% ../nbs/09_draw.ipynb #8d160f4e
+# %% ../nbs/09_draw.ipynb #2fcd4d62
 def _svg(figure, alt, caption):
     "A figure as a short SVG that describes itself and fits a narrow page."
     file, nothing = BytesIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -1046,5 +1047,6 @@ def _svg(figure, alt, caption):
     svg = re.sub(r"<!--.*?-->|(?<=<g) id=\"[^\"]*\"", "", file.getvalue().decode(), flags=re.S)
     svg = re.sub(r"(?<!scale\()(\b\d+\.\d\d)\d+", r"\1", re.sub(r"\s+", " ", svg))
     head, _, body = svg[svg.index("<svg") :].replace("> <", "><").partition(">")
-    return (f'{head} role="img" style="max-width:100%;height:auto"><title>'
+    return (f'{head} role="img" style="max-width:100%;height:auto" '
+            f'data-drawn-by="Matplotlib v{matplotlib_version}"><title>'
             f"{escape(caption or alt)}</title><desc>{escape(alt)}</desc>{body}")
