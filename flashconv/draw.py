@@ -7,7 +7,7 @@ __all__ = ['BLUE', 'ORANGE', 'CYAN', 'INK', 'GREY', 'PAPER', 'WIDTH', 'HEIGHT', 
            'animation', 'matrix', 'padding_modes', 'receptive_field', 'dilation_taps', 'groups', 'overlap',
            'output_sizes', 'feature_maps', 'kernels', 'figure']
 
-# %% ../nbs/09_draw.ipynb #5b9add77
+# %% ../nbs/09_draw.ipynb #f5c17267
 import base64
 import re
 from dataclasses import dataclass, field
@@ -21,6 +21,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 from fastcore.basics import patch
+from fastcore.meta import delegates
+from matplotlib import __version__ as matplotlib_version
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -36,34 +38,7 @@ from .conv import Conv1d
 from .dilation import coverage
 from .padding import pad
 
-# %% ../nbs/09_draw.ipynb #2eba9437
-BLUE, ORANGE, CYAN = "#6aa3de", "#ffb347", "#bdf3f0"
-INK, GREY, PAPER = "#1a1a1a", "#6b6b6b", "#ffffff"
-WIDTH, HEIGHT, FONT = 6.0, 2.5, 8  # the largest picture in inches, the size of words in points
-
-# %% ../nbs/09_draw.ipynb #6df939bd
-_ROLES = {  # fill, edge, width of the edge in points, line style; later ones lie on top
-    "empty": (PAPER, "#cfcfcf", 0.5, "solid"),
-    "padding": (PAPER, GREY, 0.8, (0, (2, 1.5))),
-    "input": (BLUE, INK, 0.5, "solid"),
-    "output": (CYAN, INK, 0.5, "solid"),
-    "tap": (ORANGE, INK, 1.3, "solid"),
-    "tap on padding": (ORANGE, INK, 1.3, (0, (2, 1.5))),
-    "chosen input": (BLUE, INK, 2.0, "solid"),
-    "chosen output": (CYAN, INK, 2.0, "solid"),
-}
-
-# %% ../nbs/09_draw.ipynb #821b77c8
-def _mix(colour, share):
-    "White with a share of a colour."
-    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(255 + (part - 255) * share):02x}" for part in parts)
-
-for _n in range(5): _ROLES[f"count {_n}"] = (_mix("#2bb3aa", _n / 4), INK, 0.5, "solid")
-for _n in range(-4, 5):
-    _ROLES[f"signed {_n}"] = (_mix(ORANGE if _n > 0 else BLUE, abs(_n) / 4), INK, 0.5, "solid")
-
-# %% ../nbs/09_draw.ipynb #e515f920
+# %% ../nbs/09_draw.ipynb #aa97b6b4
 @dataclass(frozen=True, repr=False)
 class Picture:
     "A drawing that Jupyter shows, with the numbers in it."
@@ -74,7 +49,7 @@ class Picture:
 
     def __repr__(self): return self.alt
 
-# %% ../nbs/09_draw.ipynb #b0913c18
+# %% ../nbs/09_draw.ipynb #7e03f2ab
 @patch
 def save(
     self: Picture,
@@ -86,7 +61,7 @@ def save(
         raise ValueError(f"this picture is saved as *{ending}, but got {str(path)!r}")
     Path(path).write_bytes(self.data.encode() if isinstance(self.data, str) else self.data)
 
-# %% ../nbs/09_draw.ipynb #963b2105
+# %% ../nbs/09_draw.ipynb #ae666c1a
 @patch
 def _repr_mimebundle_(self: Picture, include=None, exclude=None):
     words = {"text/plain": self.alt}
@@ -97,341 +72,10 @@ def _repr_mimebundle_(self: Picture, include=None, exclude=None):
     image = f'<img src="{source}" alt="{escape(self.alt)}" style="{width}">'
     return words | {"text/html": image}, {}
 
-# %% ../nbs/09_draw.ipynb #0a42203a
-def _house():
-    "A context with matplotlib's defaults and our settings."
-    return style.context(["default", {
-        "svg.hashsalt": "flashconv", "svg.fonttype": "path", "font.size": FONT,
-        "figure.facecolor": PAPER, "text.color": INK, "axes.edgecolor": GREY,
-        "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.5,
-        "axes.titlesize": FONT, "legend.frameon": False, "savefig.dpi": 200,
-        "axes.prop_cycle": "cycler('color', ['#2f6db3', '#d97706', '#0f9d94', '#6b6b6b'])"}])
-
-# %% ../nbs/09_draw.ipynb #b593333c
-def _svg(figure, alt, caption):
-    "A figure as a short SVG that describes itself and fits a narrow page."
-    file, nothing = BytesIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(file, format="svg", metadata=nothing)
-    svg = re.sub(r"<!--.*?-->|(?<=<g) id=\"[^\"]*\"", "", file.getvalue().decode(), flags=re.S)
-    svg = re.sub(r"(?<!scale\()(\b\d+\.\d\d)\d+", r"\1", re.sub(r"\s+", " ", svg))
-    head, _, body = svg[svg.index("<svg") :].replace("> <", "><").partition(">")
-    return (f'{head} role="img" style="max-width:100%;height:auto"><title>'
-            f"{escape(caption or alt)}</title><desc>{escape(alt)}</desc>{body}")
-
-# %% ../nbs/09_draw.ipynb #673764b6
-class _Sheet:
-    "Cells, words and lines on white paper."
-
-    def __init__(self):
-        self.cells, self.words, self.lines = {}, [], []
-        self.box = [np.inf, np.inf, -np.inf, -np.inf]  # left, top, right, bottom
-
-    def cover(self, left, top, right, bottom):
-        "Let the paper reach as far."
-        low, high = np.minimum(self.box[:2], (left, top)), np.maximum(self.box[2:], (right, bottom))
-        self.box = [*low, *high]
-
-    def line(self, x0, y0, x1, y1):
-        self.lines.append(([x0, x1], [y0, y1]))
-        self.cover(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
-
-# %% ../nbs/09_draw.ipynb #62e0a40c
-@patch
-def cell(self: _Sheet, x, y, edge, role, text=""):
-    "A square with its left upper corner at x, y."
-    self.cells.setdefault(role, []).append((x, y, edge))
-    self.cover(x, y, x + edge, y + edge)
-    colour = GREY if role in ("padding", "empty") else INK
-    if text: self.word(x + edge / 2, y + edge / 2, text, colour=colour)
-
-@patch
-def word(self: _Sheet, x, y, text, at="center", colour=INK):
-    "Text whose middle, or whose end by `at`, lies at x; y is its middle."
-    wide, half = _width(text), FONT / 144
-    left = x - wide * {"left": 0, "center": 0.5, "right": 1}[at]
-    self.words.append((x, y + 0.37 * FONT / 72, text, at, colour))
-    self.cover(left, y - half, left + wide, y + half)
-
-# %% ../nbs/09_draw.ipynb #55058fe8
-@lru_cache(maxsize=4096)
-def _width(text):
-    "Of a word, in inches, whatever the reader's font."
-    if not text: return 0
-    return TextPath((0, 0), text, size=FONT, prop="DejaVu Sans").get_extents().width / 72
-
-# %% ../nbs/09_draw.ipynb #9c7b87e1
-_RIM, _GAP = 0.06, 0.016  # around the picture, and around each cell, in inches
-
-def _figure(sheet, box=None):
-    "The sheet as a matplotlib figure. ValueError if it is larger than a page has room for."
-    left, top, right, bottom = box or sheet.box
-    left, top, right, bottom = left - _RIM, top - _RIM, right + _RIM, bottom + _RIM
-    wide, high = right - left, bottom - top
-    if wide > WIDTH + 1e-6 or high > HEIGHT + 1e-6:
-        raise ValueError(f"a picture has {WIDTH} x {HEIGHT} inches at most, but this one would be "
-                         f"{wide:.1f} x {high:.1f}: draw a smaller size, or fewer of them")
-    figure = Figure((wide, high))
-    ax = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
-    ax.axis("off")
-    for xs, ys in sheet.lines: ax.plot(xs, ys, color=GREY, lw=0.8, zorder=1)
-    for role in sorted(sheet.cells, key=[*_ROLES].index): _add_cells(ax, role, sheet.cells[role])
-    for x, y, text, at, colour in sheet.words: ax.text(x, y, text, ha=at, color=colour)
-    return figure
-
-# %% ../nbs/09_draw.ipynb #76df136c
-def _add_cells(ax, role, cells):
-    "All cells of one role, as one outline."
-    if not cells: return
-    fill, edge, width, dashes = _ROLES[role]
-    width *= min(1, max(e for *_, e in cells) / 0.25)
-    squares = [((x + _GAP, y + _GAP), (x + e - _GAP, y + _GAP), (x + e - _GAP, y + e - _GAP),
-                (x + _GAP, y + e - _GAP), (x + _GAP, y + _GAP)) for x, y, e in cells]
-    codes = [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY] * len(cells)
-    outline = Outline(np.concatenate(squares), codes)
-    ax.add_patch(PathPatch(outline, fc=fill, ec=edge, lw=width, ls=dashes, zorder=2))
-
-# %% ../nbs/09_draw.ipynb #de8aaa35
-def _picture(sheet, alt, caption, **numbers):
-    "The sheet as a `Picture`."
-    with _house(): return Picture(_svg(_figure(sheet), alt, caption), alt, caption, numbers)
-
-# %% ../nbs/09_draw.ipynb #2b78f8e7
-def _number(value, decimals):
-    "A number in few characters: 3, -2, .25"
-    if abs(value - round(value)) < 1e-6: return str(round(value)).replace("-", "\u2212")
-    sign, text = "\u2212" if value < 0 else "", f"{abs(value):.{decimals}f}"
-    return (sign if float(text) else "") + (text[1:] if text.startswith("0.") else text)
-
-# %% ../nbs/09_draw.ipynb #3d078151
-def _texts(values, edge):
-    "Each value as text, all with as many decimals as fit a cell; empty where nothing fits."
-    values = np.asarray(values)
-    for decimals in (2, 1):
-        texts = [_number(v, decimals) for v in values.ravel().tolist()]
-        if edge >= 0.15 and max(map(_width, set(texts)), default=0) <= edge - 0.05:
-            return np.array(texts, object).reshape(values.shape)
-    return np.full(values.shape, "", object)
-
-# %% ../nbs/09_draw.ipynb #173a07c0
-def _grid(sheet, x, y, values, roles, edge, texts=None):
-    "A block of cells with its left upper corner at x, y. `roles` is a name, or one for each cell."
-    values = np.atleast_2d(values)
-    roles = np.broadcast_to(np.atleast_2d(np.asarray(roles, object)), values.shape)
-    texts = _texts(values, edge) if texts is None else np.atleast_2d(texts)
-    for (row, column), role in np.ndenumerate(roles):
-        sheet.cell(x + column * edge, y + row * edge, edge, role, texts[row, column])
-
-# %% ../nbs/09_draw.ipynb #5107ad17
-def _edge(columns, rows, width=WIDTH, height=HEIGHT, values=()):
-    "The side of a cell with which that many fit, in inches; larger where values need it."
-    longest = max((_width(_number(v, 2)) for v in np.ravel(values).tolist()), default=0)
-    largest = min(max(0.3, longest + 0.1), 0.42)
-    return max(0.1, min(largest, (width - 2 * _RIM) / columns, (height - 2 * _RIM) / rows))
-
-# %% ../nbs/09_draw.ipynb #09489d8e
-@dataclass
-class _Case:
-    "One kernel at work."
-    kernel: np.ndarray  # its weights, of one or two axes
-    stride: tuple
-    padding: tuple  # (before, after) per axis
-    dilation: tuple
-    output_padding: tuple
-    transposed: bool
-    bias: float
-    mode: str  # of the padding
-    input: np.ndarray
-    output: np.ndarray  # what the layer gives
-    longer: np.ndarray  # the padded input, or the transposed output before its ends are cut off
-
-# %% ../nbs/09_draw.ipynb #7312c374
-def _case(what, size=None, stride=1, padding=0, dilation=1, output_padding=0, transposed=False,
-          input=None):
-    "Read off a layer, or make up, one kernel, and run it."
-    bias, mode, is_layer = 0.0, "zeros", isinstance(what, _ConvNd)
-    if is_layer:
-        stride, padding, dilation, mode = (
-            getattr(what, name) for name in ("stride", "padding", "dilation", "padding_mode"))
-        output_padding, transposed = what.output_padding, what.transposed
-        bias = 0.0 if what.bias is None else what.bias[0].item()
-    n = _axes(what, size, input)
-    kernel = _array("weight", what.weight[0, 0]) if is_layer else _kernel(what, n)
-    x = _made_up(as_ints(size, n, "size"), "size") if input is None else _array("input", input)
-    if x.ndim != n: raise ValueError(f"input must have {n} axes, but got shape {x.shape}")
-    stride, dilation, output_padding = (as_ints(value, n, name) for value, name in (
-        (stride, "stride"), (dilation, "dilation"), (output_padding, "output_padding")))
-    if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
-    return _run(kernel, bias, x, stride, padding, dilation, output_padding, transposed, mode)
-
-# %% ../nbs/09_draw.ipynb #70193923
-def _array(name, values):
-    "Real numbers as float64."
-    values = np.asarray(values.tolist() if isinstance(values, mx.array) else values)
-    if values.dtype.kind not in "iuf":
-        raise TypeError(f"{name} must be real numbers, but got {values.dtype}")
-    return values.astype(np.float64)
-
-# %% ../nbs/09_draw.ipynb #593fc18b
-def _axes(what, size, input):
-    "The number of axes. ValueError for any but 1 and 2."
-    if isinstance(what, _ConvNd): n = len(what.kernel_size)
-    elif isinstance(what, (list, np.ndarray, mx.array)): n = _array("kernel", what).ndim
-    elif isinstance(what, tuple): n = len(what)
-    elif input is not None: n = np.ndim(input)
-    elif size is None: raise TypeError("a size or an input is needed, but got neither")
-    else: n = len(size) if isinstance(size, (tuple, list)) else 1
-    if n not in (1, 2): raise ValueError(f"1 or 2 spatial axes can be drawn, but got {n}")
-    return n
-
-def _kernel(what, n):
-    "The kernel that is given, or one of the size that is given."
-    if isinstance(what, (list, np.ndarray, mx.array)): return _array("kernel", what)
-    return _made_up(as_ints(what, n, "kernel_size"), "kernel_size", 2)
-
-# %% ../nbs/09_draw.ipynb #96354753
-def _made_up(shape, name, top=4):
-    "Values for an array of one or two axes."
-    if min(shape) < 1: raise ValueError(f"{name} must be at least 1, but got {shape}")
-    if len(shape) == 1: return np.arange(1.0, shape[0] + 1)
-    rows, columns = np.indices(shape)
-    return (3 * rows + columns) % top + 1.0
-
-# %% ../nbs/09_draw.ipynb #a4fc3189
-def _run(kernel, bias, input, stride, padding, dilation, output_padding, transposed, mode):
-    "The case with its output, by `flashconv.functional`."
-    n, name = kernel.ndim, "conv_transpose" if transposed else "conv"
-    run, after = getattr(functional, f"{name}{n}d"), (output_padding, 1) if transposed else ()
-    if any(output_padding) and not transposed:
-        raise ValueError("output_padding is for transposed convolutions only, but got "
-                         f"{output_padding}")
-    x, w = (mx.array(a, mx.float32)[None, None] for a in (input, kernel))
-    output = run(x, w, None, stride, padding, *after, dilation)
-    amounts = arithmetic._padding_amounts(padding, stride, kernel.shape, dilation)
-    if transposed: longer = run(x, w, None, stride, 0, *after, dilation)
-    else:
-        around = tuple(amount for pair in reversed(amounts) for amount in pair)
-        longer = pad(x, around, "constant" if mode == "zeros" else mode)
-        output = run(longer, w, None, stride, 0, dilation)
-    output, longer = (np.array(a[0, 0], np.float64) for a in (output, longer))
-    return _Case(kernel, stride, amounts, dilation, output_padding, transposed, bias, mode, input,
-                 output + bias, longer)
-
-# %% ../nbs/09_draw.ipynb #49112b0e
-def _places(case):
-    "The shape over which the kernel moves: outputs of a convolution, inputs of a transposed one."
-    return (case.input if case.transposed else case.output).shape
-
-def _taps(case, step):
-    "Where the longer side is under the kernel at a step, as a boolean array."
-    under = np.zeros(case.longer.shape, bool)
-    place = np.unravel_index(step, _places(case))
-    under[np.ix_(*(i * s + d * np.arange(k) for i, s, d, k in
-                   zip(place, case.stride, case.dilation, case.kernel.shape)))] = True
-    return under
-
-def _inside(case):
-    "Where the longer side isn't padding, or isn't cut off."
-    inside = np.zeros(case.longer.shape, bool)
-    inside[tuple(slice(lo, n - hi) for n, (lo, hi) in zip(inside.shape, case.padding))] = True
-    return inside
-
-# %% ../nbs/09_draw.ipynb #13362449
-def _long_side(case, step):
-    "Values, roles and texts-that-count of the longer side."
-    inside, under = _inside(case), _taps(case, step)
-    roles = np.where(inside, "output" if case.transposed else "input", "padding").astype(object)
-    roles[under & inside], roles[under & ~inside] = "tap", "tap on padding"
-    values = case.longer + (case.bias if case.transposed else 0)
-    return values, roles, inside | (not case.transposed)
-
-def _short_side(case, step):
-    "Values and roles of the other side."
-    values, role = (case.input, "input") if case.transposed else (case.output, "output")
-    roles = np.full(values.shape, role, object)
-    roles[np.unravel_index(step, values.shape)] = f"chosen {role}"
-    return values, roles
-
-# %% ../nbs/09_draw.ipynb #5215e9aa
-def _draw_long(sheet, case, step, x, y, edge):
-    "The longer side, without the values of what is cut off."
-    values, roles, shown = _long_side(case, step)
-    _grid(sheet, x, y, values, roles, edge, np.where(shown, _texts(values, edge), ""))
-
-def _draw_short(sheet, case, step, x, y, edge):
-    "The other side; on one axis each cell stands in the middle of its window."
-    values, roles = _short_side(case, step)
-    if values.ndim == 2: return _grid(sheet, x, y, values, roles, edge)
-    for i, text in enumerate(_texts(values, edge)):
-        sheet.cell(x + edge * _column(case, i), y, edge, roles[i], text)
-
-def _column(case, place):
-    "The column, perhaps a half one, in the middle of the window at a place."
-    span = arithmetic.effective_kernel_size(len(case.kernel), case.dilation[0])
-    return place * case.stride[0] + (span - 1) / 2
-
-# %% ../nbs/09_draw.ipynb #f343d880
-def _draw_window(sheet, case, step):
-    "One step with the kernel in between."
-    value = _short_side(case, step)[0].ravel()[step]
-    middle = value * case.kernel if case.transposed else case.kernel
-    name = f"{_number(value, 2)} × kernel" if case.transposed else "kernel"
-    names = ("input", name, "output")
-    draw = _draw_window_1d if case.kernel.ndim == 1 else _draw_window_2d
-    draw(sheet, case, step, middle, names)
-
-# %% ../nbs/09_draw.ipynb #7339160e
-def _values(case): return np.concatenate([*map(np.ravel, (case.longer, case.output, case.kernel))])
-
-def _draw_window_1d(sheet, case, step, middle, names):
-    "Three rows, the kernel's cells in the columns that they lie on."
-    margin = max(map(_width, names)) + 0.12
-    edge = _edge(case.longer.size, 6, WIDTH - margin, values=_values(case))
-    short, centre, long = (0, 1.7, 2.9) if case.transposed else (2.9, 1.2, 0)
-    _draw_long(sheet, case, step, 0, long * edge, edge)
-    _draw_short(sheet, case, step, 0, short * edge, edge)
-    column = _column(case, step)
-    for tap, text in zip(np.flatnonzero(_taps(case, step)), _texts(middle, edge)):
-        sheet.cell(tap * edge, centre * edge, edge, "tap", text)
-        y = (centre + (not case.transposed)) * edge, (short + case.transposed) * edge
-        sheet.line((tap + 0.5) * edge, y[0], (column + 0.5) * edge, y[1])
-    rows = (short, centre, long) if case.transposed else (long, centre, short)
-    for row, name in zip(rows, names): sheet.word(-0.1, (row + 0.5) * edge, name, "right")
-    if not case.transposed: _add_sum(sheet, case, step, (short + 1.6) * edge, edge)
-
-# %% ../nbs/09_draw.ipynb #ab397931
-def _add_sum(sheet, case, step, y, edge):
-    "The sum behind the chosen output, where it fits in a line."
-    terms = [f"{_number(v, 2)} · {_number(w, 2)}"
-             for v, w in zip(case.longer[_taps(case, step)], case.kernel)]
-    if case.bias: terms.append(_number(case.bias, 2))
-    text = " + ".join(terms).replace("+ \u2212", "\u2212 ") + f" = {_number(case.output[step], 2)}"
-    left, _, right, _ = sheet.box
-    if _width(text) <= right - left: sheet.word(case.longer.size * edge / 2, y, text)
-
-# %% ../nbs/09_draw.ipynb #02dbf1c8
-def _draw_window_2d(sheet, case, step, middle, names):
-    "Three blocks side by side."
-    blocks = (case.input if case.transposed else case.longer, middle,
-              case.longer if case.transposed else case.output)
-    rows, columns = (sum if axis else max for axis in (0, 1))  # blocks lie side by side
-    high = rows(b.shape[0] for b in blocks)
-    edge = _edge(columns(b.shape[1] for b in blocks), high, WIDTH - 0.8, HEIGHT - 0.25,
-                 _values(case))
-    long, short = ((2, 0) if case.transposed else (0, 2))
-    x = 0
-    for i, (block, name) in enumerate(zip(blocks, names)):
-        wide, y = block.shape[1] * edge, (high - block.shape[0]) * edge / 2
-        sheet.word(x + wide / 2, y - 0.12, name)
-        if i == long: _draw_long(sheet, case, step, x, y, edge)
-        elif i == short: _draw_short(sheet, case, step, x, y, edge)
-        else: _grid(sheet, x, y, middle, "tap", edge)
-        x += wide + 0.35
-        if i < 2: sheet.word(x - 0.175, high * edge / 2, "→" if case.transposed else "∗="[i])
-
-# %% ../nbs/09_draw.ipynb #0836e6a9
+# %% ../nbs/09_draw.ipynb #08fa30b8
 def window(
     layer_or_kernel_size,  # a layer; or taps, an int or a tuple; or weights, a list or an array
-    size: int | tuple | None = None,  # of the input; None takes that of `input`
+    size: int | tuple | None = None,  # of the input; None takes that of the input given
     *,
     stride: int | tuple = 1,  # step between windows
     padding: int | str | tuple = 0,  # zeros added to each side, 'same' or 'valid'
@@ -439,7 +83,7 @@ def window(
     output_padding: int | tuple = 0,  # length added at the end of a transposed output
     transposed: bool = False,  # whether the convolution is transposed
     step: int | None = None,  # which output (transposed: which input); None is the middle one
-    input=None,  # values, of shape `size`; None makes some up
+    input=None,  # values; None makes some up
 ) -> Picture:
     """One step of a convolution: input, padding, taps, kernel and output, with their values.
 
@@ -448,7 +92,7 @@ def window(
     return _window(_case(layer_or_kernel_size, size, stride, padding, dilation, output_padding,
                          transposed, input), step)
 
-# %% ../nbs/09_draw.ipynb #19534aa5
+# %% ../nbs/09_draw.ipynb #708ea247
 def _window(case, step):
     "One step of a case as a picture."
     step, sheet = _step(case, step), _Sheet()
@@ -456,7 +100,7 @@ def _window(case, step):
     alt = f"{_about(case)} With its taps in orange: {_about_step(case, step)}."
     return _picture(sheet, alt, _caption(case), **_numbers(case, step))
 
-# %% ../nbs/09_draw.ipynb #739818af
+# %% ../nbs/09_draw.ipynb #f149a72c
 def _step(case, step):
     "A step that exists."
     steps = prod(_places(case))
@@ -472,21 +116,22 @@ def _numbers(case, step):
     return {"input": case.input, "padded": None if case.transposed else case.longer,
             "kernel": case.kernel, "output": case.output, "taps": _taps(case, step), "step": step}
 
-# %% ../nbs/09_draw.ipynb #c4d930bf
+# %% ../nbs/09_draw.ipynb #6acdf2a6
 def _by(numbers): return " × ".join(map(str, numbers))
 
 def _caption(case):
     "Kernel, and what differs from the defaults, in a line."
     text = "Transposed convolution" if case.transposed else "Convolution"
     text += f", kernel {_by(case.kernel.shape)}"
+    padding = [lo if lo == hi else f"{lo} and {hi}" for lo, hi in case.padding]
     for name, given, usual in (
-        ("stride", case.stride, 1), ("padding", tuple(lo for lo, _ in case.padding), 0),
+        ("stride", case.stride, 1), ("padding", padding, 0),
         ("dilation", case.dilation, 1), ("output padding", case.output_padding, 0)):
         same = len(set(given)) == 1
         if set(given) != {usual}: text += f", {name} {given[0] if same else _by(given)}"
     return text
 
-# %% ../nbs/09_draw.ipynb #c07c71cb
+# %% ../nbs/09_draw.ipynb #0765299d
 def _about(case):
     "What is drawn whatever the step, in words."
     return (f"{_caption(case)}: {_by(case.input.shape)} inputs in blue give "
@@ -498,7 +143,7 @@ def _about_step(case, step):
     name = ", ".join(map(str, place)) if len(place) == 1 else f"({place[0]}, {place[1]})"
     return f"{'input' if case.transposed else 'output'} {name} is {_number(value, 2)}"
 
-# %% ../nbs/09_draw.ipynb #1bacbc23
+# %% ../nbs/09_draw.ipynb #ff1fa246
 def _draw_small(sheet, case, step, x, y, edge):
     "Input above output, without the kernel."
     _, _, upper, lower = _small(case)
@@ -515,16 +160,17 @@ def _small(case):
     return (wide, first[0] + second[0] + 0.5, ((wide - first[1]) / 2, 0),
             ((wide - second[1]) / 2, first[0] + 0.5))
 
-# %% ../nbs/09_draw.ipynb #6a5f93aa
+# %% ../nbs/09_draw.ipynb #5b69a0fc
+@delegates(window, but=["step"])
 def frames(
-    layer_or_kernel_size,  # as in `window`, and so are `size` and what follows
-    size: int | tuple | None = None,
+    layer_or_kernel_size,  # a layer; or taps, an int or a tuple; or weights, a list or an array
+    size: int | tuple | None = None,  # of the input; None takes that of the input given
     *,
     steps: tuple | None = None,  # places shown; None is the first three and the last
-    **options,  # of `window`, without `step`
+    **kwargs,
 ) -> Picture:
     "Several steps of a convolution next to each other. Raises what `window` raises."
-    case, sheet = _case(layer_or_kernel_size, size, **options), _Sheet()
+    case, sheet = _case(layer_or_kernel_size, size, **kwargs), _Sheet()
     last = prod(_places(case)) - 1
     if steps is None: steps = sorted({0, min(1, last), min(2, last), last})
     if not steps: raise ValueError(f"steps must name at least one place, but got {steps!r}")
@@ -534,7 +180,7 @@ def frames(
     return _picture(sheet, alt, f"{_caption(case)}, step by step", steps=steps,
                     **_numbers(case, steps[0]))
 
-# %% ../nbs/09_draw.ipynb #e12a0510
+# %% ../nbs/09_draw.ipynb #33d20647
 def _draw_frames(sheet, case, steps):
     "Frames in the rows and columns that make them largest."
     wide, high, *_ = _small(case)
@@ -546,22 +192,23 @@ def _draw_frames(sheet, case, steps):
         sheet.word(x + wide * edge / 2, y - 0.1, f"step {step}")
         _draw_small(sheet, case, step, x, y, edge)
 
-# %% ../nbs/09_draw.ipynb #893f47de
+# %% ../nbs/09_draw.ipynb #444f4ca3
 def _frame_edge(columns, count, wide, high):
     "The side of a cell with that many frames in a row."
     rows = ceil(count / columns)
     return _edge(wide * columns, high * rows, WIDTH - 0.3 * (columns - 1), HEIGHT - 0.22 * rows)
 
-# %% ../nbs/09_draw.ipynb #a9d1efbd
+# %% ../nbs/09_draw.ipynb #feca5e4e
+@delegates(window, but=["step"])
 def animation(
-    layer_or_kernel_size,  # as in `window`, and so are `size` and what follows
-    size: int | tuple | None = None,
+    layer_or_kernel_size,  # a layer; or taps, an int or a tuple; or weights, a list or an array
+    size: int | tuple | None = None,  # of the input; None takes that of the input given
     *,
     seconds: float = 0.8,  # that each step is shown
-    **options,  # of `window`, without `step`
+    **kwargs,
 ) -> Picture:  # an animated GIF
     "All steps of a convolution, one after the other. Raises what `window` raises."
-    case = _case(layer_or_kernel_size, size, **options)
+    case = _case(layer_or_kernel_size, size, **kwargs)
     if not seconds > 0: raise ValueError(f"seconds must be above 0, but got {seconds}")
     sheets = [_Sheet() for _ in range(prod(_places(case)))]
     for step, sheet in enumerate(sheets): _draw_window(sheet, case, step)
@@ -571,7 +218,7 @@ def animation(
     alt = f"{_about(case)} {len(pages)} steps, one after the other, with their taps in orange."
     return Picture(_gif(pages, seconds), alt, _caption(case), _numbers(case, 0))
 
-# %% ../nbs/09_draw.ipynb #7196aef6
+# %% ../nbs/09_draw.ipynb #849874a2
 _DPI = 144  # of animations
 
 def _raster(figure):
@@ -591,7 +238,7 @@ def _gif(pages, seconds):
                duration=round(1000 * seconds))
     return file.getvalue()
 
-# %% ../nbs/09_draw.ipynb #b058449c
+# %% ../nbs/09_draw.ipynb #4c86310d
 def _columns(case, kernel):
     "Outputs for all unit vectors, as the columns of a matrix."
     units = np.eye(case.input.size).reshape(-1, *case.input.shape)
@@ -601,24 +248,25 @@ def _columns(case, kernel):
                           case.output_padding, case.transposed, case.mode).output.ravel()
                      for unit in units], axis=1)
 
-# %% ../nbs/09_draw.ipynb #0cf8630b
+# %% ../nbs/09_draw.ipynb #f68b3b4d
+@delegates(window, but=["step", "input"])
 def matrix(
     layer_or_kernel,  # a layer; taps, an int or a tuple; or a list of weights
     size: int | tuple,  # of the input
-    **options,  # of `window`: stride, padding, dilation, output_padding, transposed
+    **kwargs,
 ) -> Picture:
     """The matrix of a convolution: a row per output, a column per input, without the bias.
 
     Raises what `window` raises.
     """
-    case, sheet = _case(layer_or_kernel, size, **options), _Sheet()
+    case, sheet = _case(layer_or_kernel, size, **kwargs), _Sheet()
     weights, used = _columns(case, case.kernel), _columns(case, np.ones_like(case.kernel)) != 0
     _draw_matrix(sheet, weights, used, case.kernel)
     alt = (f"{_about(case)} As a matrix: {len(weights)} rows for outputs, {len(weights.T)} columns "
            f"for inputs, {int(used.sum())} entries in orange, zeros elsewhere.")
     return _picture(sheet, alt, f"{_caption(case)}, as a matrix", matrix=weights)
 
-# %% ../nbs/09_draw.ipynb #a0c01b64
+# %% ../nbs/09_draw.ipynb #dd9301fd
 def _draw_matrix(sheet, weights, used, kernel):
     "Numbered inputs above, numbered outputs on the left; what the kernel doesn't reach is empty."
     rows, columns = weights.shape
@@ -630,7 +278,7 @@ def _draw_matrix(sheet, weights, used, kernel):
     sheet.word(columns * edge / 2, -1.3 * edge - 0.1, "input")
     sheet.word(-1.3 * edge - 0.08, rows * edge / 2, "output", "right")
 
-# %% ../nbs/09_draw.ipynb #0c743b44
+# %% ../nbs/09_draw.ipynb #603492e7
 def padding_modes(
     values: list,  # along one axis
     padding: int | tuple,  # cells added to each side, or before and after
@@ -650,14 +298,14 @@ def padding_modes(
         f"{name}: {', '.join(_number(v, 2) for v in row)}." for name, row in strips.items())
     return _picture(sheet, alt, "The four padding modes", **strips)
 
-# %% ../nbs/09_draw.ipynb #dcfca08a
+# %% ../nbs/09_draw.ipynb #b8b1df11
 def _modes(values, before, after):
     "Name of a layer's padding_mode -> the values padded that way."
     names = {"zeros": "constant"} | {m: m for m in ("reflect", "replicate", "circular")}
     return {name: np.array(pad(mx.array(values, mx.float32)[None], (before, after), mode)[0])
             for name, mode in names.items()}
 
-# %% ../nbs/09_draw.ipynb #bcfc7ae4
+# %% ../nbs/09_draw.ipynb #7bc8dbdc
 class _Layer(NamedTuple):
     "A layer in numbers, along one axis."
     kernel_size: int
@@ -677,7 +325,7 @@ def _stack(layers, axis=0):
     for layer in stack: arithmetic.output_size(2**30, *layer)
     return stack
 
-# %% ../nbs/09_draw.ipynb #0425701a
+# %% ../nbs/09_draw.ipynb #6a68cd5d
 def _paths(stack):
     "For each level, input first, place -> paths to output 0; and the lines from level to level."
     levels, lines = [{0: 1}], []
@@ -690,7 +338,7 @@ def _paths(stack):
         lines.insert(0, links)
     return levels, lines
 
-# %% ../nbs/09_draw.ipynb #22a030d2
+# %% ../nbs/09_draw.ipynb #60f365b9
 def _draw_cone(sheet, stack, text):
     "Levels as rows, the input on top; each cell in the middle of the inputs it depends on."
     levels, lines = _paths(stack)
@@ -712,13 +360,13 @@ def _draw_cone(sheet, stack, text):
         _name_level(sheet, level, last, y + edge / 2, size * edge, field.size)
     return levels[0], fields[-1]
 
-# %% ../nbs/09_draw.ipynb #bd74c09f
+# %% ../nbs/09_draw.ipynb #01ba977f
 def _name_level(sheet, level, last, y, right, sees):
     name = "output" if last else f"layer {level}" if level else "input"
     sheet.word(-0.1, y, name, "right")
     if level: sheet.word(right + 0.1, y, f"sees {sees}", "left")
 
-# %% ../nbs/09_draw.ipynb #a47f9656
+# %% ../nbs/09_draw.ipynb #2dca51c9
 def _cone_role(place, counts):
     "What an input is to the output: read or not, and before the first one padding."
     if place not in counts: return "padding" if place < 0 else "input"
@@ -726,7 +374,7 @@ def _cone_role(place, counts):
 
 def _fitting(text, edge): return text if edge >= 0.15 and _width(text) <= edge - 0.05 else ""
 
-# %% ../nbs/09_draw.ipynb #c720fd97
+# %% ../nbs/09_draw.ipynb #0eddcbf3
 def receptive_field(
     layers: list,  # layers, or (kernel_size, stride, padding, dilation), as many of these as needed
     *,
@@ -745,7 +393,7 @@ def receptive_field(
     return _picture(sheet, alt, f"A receptive field of {seen.size} inputs, jump {seen.jump}",
                     size=seen.size, jump=seen.jump, start=seen.start, used=list(used))
 
-# %% ../nbs/09_draw.ipynb #d4fc95e2
+# %% ../nbs/09_draw.ipynb #a0938681
 def dilation_taps(
     kernel_size,  # taps; or a layer; or a list of either, with `stacked`
     dilations: tuple | None = None,  # one for each strip, or for each layer of a stack
@@ -766,7 +414,7 @@ def dilation_taps(
     if len(kernels) == 1: kernels *= len(dilations)
     return (_gridding if stacked else _strips)(kernels, dilations)
 
-# %% ../nbs/09_draw.ipynb #66cce641
+# %% ../nbs/09_draw.ipynb #f5d5b7f4
 def _strips(kernels, dilations):
     "A strip for each dilation, with the taps in orange."
     coverage(kernels, dilations)
@@ -781,7 +429,7 @@ def _strips(kernels, dilations):
         f"At dilation {d}, {k} taps span {span}." for k, d, span in zip(kernels, dilations, spans))
     return _picture(sheet, alt, "Taps at several dilations", spans=spans)
 
-# %% ../nbs/09_draw.ipynb #e8b9a815
+# %% ../nbs/09_draw.ipynb #eab8b2da
 def _gridding(kernels, dilations):
     "A stack of dilated layers, with paths counted."
     paths, sheet = coverage(kernels, dilations), _Sheet()
@@ -795,7 +443,7 @@ def _gridding(kernels, dilations):
     return _picture(sheet, alt, f"Paths to one output, dilations {', '.join(map(str, dilations))}",
                     paths=paths)
 
-# %% ../nbs/09_draw.ipynb #b257cba5
+# %% ../nbs/09_draw.ipynb #b3026831
 def groups(
     in_channels,  # channels of the input; or a layer, which has all three
     out_channels: int | None = None,  # channels of the output
@@ -815,7 +463,7 @@ def groups(
     return _picture(sheet, alt, f"{in_channels} to {out_channels} channels, groups {groups}",
                     feeds=feeds)
 
-# %% ../nbs/09_draw.ipynb #9676d2c2
+# %% ../nbs/09_draw.ipynb #93323e31
 def _draw_groups(sheet, feeds, groups):
     "Inputs above outputs, a line for each pair that is connected."
     wide = max(feeds.shape) // groups
@@ -828,13 +476,13 @@ def _draw_groups(sheet, feeds, groups):
         for i, x in enumerate(places):
             sheet.cell(x * edge, row * edge, edge, role, _fitting(str(i), edge))
 
-# %% ../nbs/09_draw.ipynb #86af5e3d
+# %% ../nbs/09_draw.ipynb #3ca5e018
 def _group_places(channels, groups, wide):
     "The column of each channel: groups lie apart, channels in the middle of theirs."
     each = channels // groups
     return [i // each * (wide + 0.6) + (wide - each) / 2 + i % each for i in range(channels)]
 
-# %% ../nbs/09_draw.ipynb #fdb2de4d
+# %% ../nbs/09_draw.ipynb #f927c866
 def overlap(
     layer_or_kernel_size,  # a transposed layer; or taps, an int or a tuple
     stride: int | tuple = 1,  # step between the stamps of neighbouring inputs
@@ -856,14 +504,14 @@ def overlap(
            f"Contributions to {'each' if counts.ndim == 1 else 'an output'}: {listed}.")
     return _picture(sheet, alt, f"{_caption(case)}: contributions", counts=counts)
 
-# %% ../nbs/09_draw.ipynb #7ba476a2
+# %% ../nbs/09_draw.ipynb #f4df6656
 def _ones(case):
     "The same case with every weight and every input 1."
     padding = tuple(lo for lo, _ in case.padding)
     return _run(np.ones_like(case.kernel), 0.0, np.ones_like(case.input), case.stride, padding,
                 case.dilation, case.output_padding, case.transposed, "zeros")
 
-# %% ../nbs/09_draw.ipynb #24310fa8
+# %% ../nbs/09_draw.ipynb #af115578
 def _draw_stamps(sheet, case):
     "A row for the stamp of each input, and one for the counts."
     n = case.input.size
@@ -883,7 +531,7 @@ def _draw_counts(sheet, case, y=0, edge=None):
     _grid(sheet, 0, y, counts, np.where(inside, shades, "padding"), edge,
           np.where(inside, _texts(counts, edge), ""))
 
-# %% ../nbs/09_draw.ipynb #2fdbb1c8
+# %% ../nbs/09_draw.ipynb #31ddbd96
 def output_sizes(
     layer_or_kernel_size,  # a layer, or taps
     stride: int = 2,  # step between windows
@@ -901,7 +549,7 @@ def output_sizes(
     ways = [way for output in outputs for way in _ways(output, k, s, p, d)]
     return _draw_sizes(ways, f"kernel {k}, stride {s}, padding {p}, dilation {d}")
 
-# %% ../nbs/09_draw.ipynb #0353621a
+# %% ../nbs/09_draw.ipynb #c3df1411
 def _ways(output, k, s, p, d):
     "All input sizes that give an output size, as (input size, output size, output_padding)."
     smallest = arithmetic.transposed_output_size(output, k, s, p, 0, d)
@@ -910,7 +558,7 @@ def _ways(output, k, s, p, d):
              arithmetic.output_padding_for(size, output, k, s, p, d))
             for size in range(smallest, smallest + s)]
 
-# %% ../nbs/09_draw.ipynb #55b0f99e
+# %% ../nbs/09_draw.ipynb #7e8857b5
 def _draw_sizes(ways, about):
     "From input sizes to an output size that several share, and back."
     outputs = list(dict.fromkeys(o for _, o, _ in ways))
@@ -931,7 +579,7 @@ def _draw_sizes(ways, about):
         f"{', '.join(str(size) for size, to, _ in ways if to == o)} give {o}." for o in outputs)
     return _picture(sheet, alt, f"Sizes, {about}", ways=ways)
 
-# %% ../nbs/09_draw.ipynb #e4f25a98
+# %% ../nbs/09_draw.ipynb #296ee914
 def feature_maps(
     layer_or_output,  # a layer, with `x`; or what it gave, (channels, *spatial)
     x: mx.array | None = None,  # input of the layer, (in_channels, *spatial)
@@ -949,7 +597,7 @@ def feature_maps(
     caption = f"{len(shown)} of {len(maps)} feature maps"
     with _house(): return Picture(_svg(_images(shown), alt, caption), alt, caption, {"maps": shown})
 
-# %% ../nbs/09_draw.ipynb #efc96335
+# %% ../nbs/09_draw.ipynb #e4621bf4
 def _maps(layer, x):
     "What a layer gives, or gave, as (channels, height, width)."
     maps, axes = _array("the output", layer if x is None else layer(x)), 2
@@ -961,12 +609,12 @@ def _maps(layer, x):
     raise ValueError("(channels, height, width) or (channels, length) can be drawn, but got an "
                      f"output of shape {maps.shape}")
 
-# %% ../nbs/09_draw.ipynb #93c8cbee
+# %% ../nbs/09_draw.ipynb #fa99b25a
 def _first(all, most):
     if most < 1: raise ValueError(f"most must be at least 1, but got {most}")
     return all[:most]
 
-# %% ../nbs/09_draw.ipynb #25c22085
+# %% ../nbs/09_draw.ipynb #18a2ef32
 def _tiles(count, wide, high, gap):
     "The columns with which that many tiles become largest, and the scale they then have."
     def scale(n):
@@ -976,7 +624,7 @@ def _tiles(count, wide, high, gap):
     columns = max(range(1, count + 1), key=scale)
     return columns, scale(columns)
 
-# %% ../nbs/09_draw.ipynb #fe77b070
+# %% ../nbs/09_draw.ipynb #6e89c297
 def _images(images):
     "Grey pictures side by side."
     wide, high = images.shape[2], max(images.shape[1], images.shape[2] / 12)  # strips have one axis
@@ -992,7 +640,7 @@ def _images(images):
         ax.spines[:].set(visible=True, color=GREY, linewidth=0.5)
     return figure
 
-# %% ../nbs/09_draw.ipynb #3d1a8937
+# %% ../nbs/09_draw.ipynb #cf4d8653
 def kernels(
     layer,  # of one or two axes
     *,
@@ -1010,7 +658,7 @@ def kernels(
            f"{_number(shown.min(), 2)} to {_number(shown.max(), 2)}; orange above 0, blue below.")
     return _picture(sheet, alt, f"{len(shown)} of {len(all)} kernels", weights=shown)
 
-# %% ../nbs/09_draw.ipynb #58db2614
+# %% ../nbs/09_draw.ipynb #c3407f3a
 def _draw_kernels(sheet, kernels):
     "Kernels side by side, shaded by their weights."
     count, high, wide = kernels.shape
@@ -1022,7 +670,7 @@ def _draw_kernels(sheet, kernels):
         roles = [[f"signed {round(4 * v / largest)}" for v in row] for row in kernel.tolist()]
         _grid(sheet, x, y, kernel, roles, edge, texts[i])
 
-# %% ../nbs/09_draw.ipynb #c8a592e9
+# %% ../nbs/09_draw.ipynb #d2383f0b
 def figure(
     plot,  # called with the axes, an array of them where there are several
     width: float = 6.0,  # in inches, 6 at most
@@ -1032,7 +680,7 @@ def figure(
     caption: str = "",  # one line
     rows: int = 1,  # of axes
     columns: int = 1,  # of axes
-    **numbers,  # to keep with the picture
+    numbers: dict | None = None,  # to keep with the picture, by name
 ) -> Picture:
     "What a function draws on matplotlib axes, in the house style. ValueError for a larger picture."
     if not (0 < width <= WIDTH and 0 < height <= HEIGHT):
@@ -1042,4 +690,363 @@ def figure(
     with _house():
         page = Figure((width, height), layout="constrained")
         plot(page.subplots(rows, columns))
-        return Picture(_svg(page, alt, caption), alt, caption, numbers)
+        return Picture(_svg(page, alt, caption), alt, caption, numbers or {})
+
+# %% ../nbs/09_draw.ipynb #fda78526
+@dataclass
+class _Case:
+    "One kernel at work."
+    kernel: np.ndarray  # its weights, of one or two axes
+    stride: tuple
+    padding: tuple  # (before, after) per axis
+    dilation: tuple
+    output_padding: tuple
+    transposed: bool
+    bias: float
+    mode: str  # of the padding
+    input: np.ndarray
+    output: np.ndarray  # what the layer gives
+    longer: np.ndarray  # the padded input, or the transposed output before its ends are cut off
+
+# %% ../nbs/09_draw.ipynb #0e416dd0
+def _case(what, size=None, stride=1, padding=0, dilation=1, output_padding=0, transposed=False,
+          input=None):
+    "Read off a layer, or make up, one kernel, and run it."
+    bias, mode, is_layer = 0.0, "zeros", isinstance(what, _ConvNd)
+    if is_layer:
+        stride, padding, dilation, mode = (
+            getattr(what, name) for name in ("stride", "padding", "dilation", "padding_mode"))
+        output_padding, transposed = what.output_padding, what.transposed
+        bias = 0.0 if what.bias is None else what.bias[0].item()
+    n = _axes(what, size, input)
+    kernel = _array("weight", what.weight[0, 0]) if is_layer else _kernel(what, n)
+    x = _made_up(as_ints(size, n, "size"), "size") if input is None else _array("input", input)
+    if x.ndim != n: raise ValueError(f"input must have {n} axes, but got shape {x.shape}")
+    stride, dilation, output_padding = (as_ints(value, n, name) for value, name in (
+        (stride, "stride"), (dilation, "dilation"), (output_padding, "output_padding")))
+    if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
+    return _run(kernel, bias, x, stride, padding, dilation, output_padding, transposed, mode)
+
+# %% ../nbs/09_draw.ipynb #56217d0f
+def _array(name, values):
+    "Real numbers as float64."
+    values = np.asarray(values.tolist() if isinstance(values, mx.array) else values)
+    if values.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must be real numbers, but got {values.dtype}")
+    return values.astype(np.float64)
+
+# %% ../nbs/09_draw.ipynb #6fc4de18
+def _axes(what, size, input):
+    "The number of axes. ValueError for any but 1 and 2."
+    if isinstance(what, _ConvNd): n = len(what.kernel_size)
+    elif isinstance(what, (list, np.ndarray, mx.array)): n = _array("kernel", what).ndim
+    elif isinstance(what, tuple): n = len(what)
+    elif input is not None: n = np.ndim(input)
+    elif size is None: raise TypeError("a size or an input is needed, but got neither")
+    else: n = len(size) if isinstance(size, (tuple, list)) else 1
+    if n not in (1, 2): raise ValueError(f"1 or 2 spatial axes can be drawn, but got {n}")
+    return n
+
+def _kernel(what, n):
+    "The kernel that is given, or one of the size that is given."
+    if isinstance(what, (list, np.ndarray, mx.array)): return _array("kernel", what)
+    return _made_up(as_ints(what, n, "kernel_size"), "kernel_size", 2)
+
+# %% ../nbs/09_draw.ipynb #04699c3c
+def _made_up(shape, name, top=4):
+    "Values for an array of one or two axes."
+    if min(shape) < 1: raise ValueError(f"{name} must be at least 1, but got {shape}")
+    if len(shape) == 1: return np.arange(1.0, shape[0] + 1)
+    rows, columns = np.indices(shape)
+    return (3 * rows + columns) % top + 1.0
+
+# %% ../nbs/09_draw.ipynb #b355bb29
+def _run(kernel, bias, input, stride, padding, dilation, output_padding, transposed, mode):
+    "The case with its output, by `flashconv.functional`."
+    n, name = kernel.ndim, "conv_transpose" if transposed else "conv"
+    run, after = getattr(functional, f"{name}{n}d"), (output_padding, 1) if transposed else ()
+    if any(output_padding) and not transposed:
+        raise ValueError("output_padding is for transposed convolutions only, but got "
+                         f"{output_padding}")
+    x, w = (mx.array(a, mx.float32)[None, None] for a in (input, kernel))
+    output = run(x, w, None, stride, padding, *after, dilation)
+    amounts = arithmetic._padding_amounts(padding, stride, kernel.shape, dilation)
+    if transposed: longer = run(x, w, None, stride, 0, *after, dilation)
+    else:
+        around = tuple(amount for pair in reversed(amounts) for amount in pair)
+        longer = pad(x, around, "constant" if mode == "zeros" else mode)
+        output = run(longer, w, None, stride, 0, dilation)
+    output, longer = (np.array(a[0, 0], np.float64) for a in (output, longer))
+    return _Case(kernel, stride, amounts, dilation, output_padding, transposed, bias, mode, input,
+                 output + bias, longer)
+
+# %% ../nbs/09_draw.ipynb #eae1640e
+def _places(case):
+    "The shape over which the kernel moves: outputs of a convolution, inputs of a transposed one."
+    return (case.input if case.transposed else case.output).shape
+
+def _taps(case, step):
+    "Where the longer side is under the kernel at a step, as a boolean array."
+    under = np.zeros(case.longer.shape, bool)
+    place = np.unravel_index(step, _places(case))
+    under[np.ix_(*(i * s + d * np.arange(k) for i, s, d, k in
+                   zip(place, case.stride, case.dilation, case.kernel.shape)))] = True
+    return under
+
+def _inside(case):
+    "Where the longer side isn't padding, or isn't cut off."
+    inside = np.zeros(case.longer.shape, bool)
+    inside[tuple(slice(lo, n - hi) for n, (lo, hi) in zip(inside.shape, case.padding))] = True
+    return inside
+
+# %% ../nbs/09_draw.ipynb #70b227ac
+def _long_side(case, step):
+    "Values, roles and texts-that-count of the longer side."
+    inside, under = _inside(case), _taps(case, step)
+    roles = np.where(inside, "output" if case.transposed else "input", "padding").astype(object)
+    roles[under & inside], roles[under & ~inside] = "tap", "tap on padding"
+    values = case.longer + (case.bias if case.transposed else 0)
+    return values, roles, inside | (not case.transposed)
+
+def _short_side(case, step):
+    "Values and roles of the other side."
+    values, role = (case.input, "input") if case.transposed else (case.output, "output")
+    roles = np.full(values.shape, role, object)
+    roles[np.unravel_index(step, values.shape)] = f"chosen {role}"
+    return values, roles
+
+# %% ../nbs/09_draw.ipynb #4c97a48f
+def _draw_long(sheet, case, step, x, y, edge):
+    "The longer side, without the values of what is cut off."
+    values, roles, shown = _long_side(case, step)
+    _grid(sheet, x, y, values, roles, edge, np.where(shown, _texts(values, edge), ""))
+
+def _draw_short(sheet, case, step, x, y, edge):
+    "The other side; on one axis each cell stands in the middle of its window."
+    values, roles = _short_side(case, step)
+    if values.ndim == 2: return _grid(sheet, x, y, values, roles, edge)
+    for i, text in enumerate(_texts(values, edge)):
+        sheet.cell(x + edge * _column(case, i), y, edge, roles[i], text)
+
+def _column(case, place):
+    "The column, perhaps a half one, in the middle of the window at a place."
+    span = arithmetic.effective_kernel_size(len(case.kernel), case.dilation[0])
+    return place * case.stride[0] + (span - 1) / 2
+
+# %% ../nbs/09_draw.ipynb #3d3176fb
+def _draw_window(sheet, case, step):
+    "One step with the kernel in between."
+    value = _short_side(case, step)[0].ravel()[step]
+    middle = value * case.kernel if case.transposed else case.kernel
+    name = f"{_number(value, 2)} × kernel" if case.transposed else "kernel"
+    names = ("input", name, "output")
+    draw = _draw_window_1d if case.kernel.ndim == 1 else _draw_window_2d
+    draw(sheet, case, step, middle, names)
+
+# %% ../nbs/09_draw.ipynb #80777ef1
+def _values(case): return np.concatenate([*map(np.ravel, (case.longer, case.output, case.kernel))])
+
+def _draw_window_1d(sheet, case, step, middle, names):
+    "Three rows, the kernel's cells in the columns that they lie on."
+    margin = max(map(_width, names)) + 0.12
+    edge = _edge(case.longer.size, 6, WIDTH - margin, values=_values(case))
+    short, centre, long = (0, 1.7, 2.9) if case.transposed else (2.9, 1.2, 0)
+    _draw_long(sheet, case, step, 0, long * edge, edge)
+    _draw_short(sheet, case, step, 0, short * edge, edge)
+    column = _column(case, step)
+    for tap, text in zip(np.flatnonzero(_taps(case, step)), _texts(middle, edge)):
+        sheet.cell(tap * edge, centre * edge, edge, "tap", text)
+        y = (centre + (not case.transposed)) * edge, (short + case.transposed) * edge
+        sheet.line((tap + 0.5) * edge, y[0], (column + 0.5) * edge, y[1])
+    rows = (short, centre, long) if case.transposed else (long, centre, short)
+    for row, name in zip(rows, names): sheet.word(-0.1, (row + 0.5) * edge, name, "right")
+    if not case.transposed: _add_sum(sheet, case, step, (short + 1.6) * edge, edge)
+
+# %% ../nbs/09_draw.ipynb #b1b1533b
+def _add_sum(sheet, case, step, y, edge):
+    "The sum behind the chosen output, where it fits in a line."
+    terms = [f"{_number(v, 2)} · {_number(w, 2)}"
+             for v, w in zip(case.longer[_taps(case, step)], case.kernel)]
+    if case.bias: terms.append(_number(case.bias, 2))
+    text = " + ".join(terms).replace("+ \u2212", "\u2212 ") + f" = {_number(case.output[step], 2)}"
+    left, _, right, _ = sheet.box
+    if _width(text) <= right - left: sheet.word(case.longer.size * edge / 2, y, text)
+
+# %% ../nbs/09_draw.ipynb #98f86590
+def _draw_window_2d(sheet, case, step, middle, names):
+    "Three blocks side by side."
+    blocks = (case.input if case.transposed else case.longer, middle,
+              case.longer if case.transposed else case.output)
+    rows, columns = (sum if axis else max for axis in (0, 1))  # blocks lie side by side
+    high = rows(b.shape[0] for b in blocks)
+    edge = _edge(columns(b.shape[1] for b in blocks), high, WIDTH - 0.8, HEIGHT - 0.25,
+                 _values(case))
+    long, short = ((2, 0) if case.transposed else (0, 2))
+    x = 0
+    for i, (block, name) in enumerate(zip(blocks, names)):
+        wide, y = block.shape[1] * edge, (high - block.shape[0]) * edge / 2
+        sheet.word(x + wide / 2, y - 0.12, name)
+        if i == long: _draw_long(sheet, case, step, x, y, edge)
+        elif i == short: _draw_short(sheet, case, step, x, y, edge)
+        else: _grid(sheet, x, y, middle, "tap", edge)
+        x += wide + 0.35
+        if i < 2: sheet.word(x - 0.175, high * edge / 2, "→" if case.transposed else "∗="[i])
+
+# %% ../nbs/09_draw.ipynb #549265b5
+BLUE, ORANGE, CYAN = "#6aa3de", "#ffb347", "#bdf3f0"
+INK, GREY, PAPER = "#1a1a1a", "#6b6b6b", "#ffffff"
+WIDTH, HEIGHT, FONT = 6.0, 2.5, 8  # the largest picture in inches, the size of words in points
+
+# %% ../nbs/09_draw.ipynb #cb77d2eb
+_ROLES = {  # fill, edge, width of the edge in points, line style; later ones lie on top
+    "empty": (PAPER, "#cfcfcf", 0.5, "solid"),
+    "padding": (PAPER, GREY, 0.8, (0, (2, 1.5))),
+    "input": (BLUE, INK, 0.5, "solid"),
+    "output": (CYAN, INK, 0.5, "solid"),
+    "tap": (ORANGE, INK, 1.3, "solid"),
+    "tap on padding": (ORANGE, INK, 1.3, (0, (2, 1.5))),
+    "chosen input": (BLUE, INK, 2.0, "solid"),
+    "chosen output": (CYAN, INK, 2.0, "solid"),
+}
+
+# %% ../nbs/09_draw.ipynb #a14e03bd
+def _mix(colour, share):
+    "White with a share of a colour."
+    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(255 + (part - 255) * share):02x}" for part in parts)
+
+for _n in range(5): _ROLES[f"count {_n}"] = (_mix("#2bb3aa", _n / 4), INK, 0.5, "solid")
+for _n in range(-4, 5):
+    _ROLES[f"signed {_n}"] = (_mix(ORANGE if _n > 0 else BLUE, abs(_n) / 4), INK, 0.5, "solid")
+
+# %% ../nbs/09_draw.ipynb #13018f58
+class _Sheet:
+    "Cells, words and lines on white paper."
+
+    def __init__(self):
+        self.cells, self.words, self.lines = {}, [], []
+        self.box = [np.inf, np.inf, -np.inf, -np.inf]  # left, top, right, bottom
+
+    def cover(self, left, top, right, bottom):
+        "Let the paper reach as far."
+        low, high = np.minimum(self.box[:2], (left, top)), np.maximum(self.box[2:], (right, bottom))
+        self.box = [*low, *high]
+
+    def line(self, x0, y0, x1, y1):
+        self.lines.append(([x0, x1], [y0, y1]))
+        self.cover(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+
+# %% ../nbs/09_draw.ipynb #4dc9772e
+@patch
+def cell(self: _Sheet, x, y, edge, role, text=""):
+    "A square with its left upper corner at x, y."
+    self.cells.setdefault(role, []).append((x, y, edge))
+    self.cover(x, y, x + edge, y + edge)
+    colour = GREY if role in ("padding", "empty") else INK
+    if text: self.word(x + edge / 2, y + edge / 2, text, colour=colour)
+
+@patch
+def word(self: _Sheet, x, y, text, at="center", colour=INK):
+    "Text whose middle, or whose end by `at`, lies at x; y is its middle."
+    wide, half = _width(text), FONT / 144
+    left = x - wide * {"left": 0, "center": 0.5, "right": 1}[at]
+    self.words.append((x, y + 0.37 * FONT / 72, text, at, colour))
+    self.cover(left, y - half, left + wide, y + half)
+
+# %% ../nbs/09_draw.ipynb #6ce27315
+@lru_cache(maxsize=4096)
+def _width(text):
+    "Of a word, in inches, whatever the reader's font."
+    if not text: return 0
+    return TextPath((0, 0), text, size=FONT, prop="DejaVu Sans").get_extents().width / 72
+
+# %% ../nbs/09_draw.ipynb #c4a6dcad
+_RIM, _GAP = 0.06, 0.016  # around the picture, and around each cell, in inches
+
+def _figure(sheet, box=None):
+    "The sheet as a matplotlib figure. ValueError if it is larger than a page has room for."
+    left, top, right, bottom = box or sheet.box
+    left, top, right, bottom = left - _RIM, top - _RIM, right + _RIM, bottom + _RIM
+    wide, high = right - left, bottom - top
+    if wide > WIDTH + 1e-6 or high > HEIGHT + 1e-6:
+        raise ValueError(f"a picture has {WIDTH} x {HEIGHT} inches at most, but this one would be "
+                         f"{wide:.1f} x {high:.1f}: draw a smaller size, or fewer of them")
+    figure = Figure((wide, high))
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
+    ax.axis("off")
+    for xs, ys in sheet.lines: ax.plot(xs, ys, color=GREY, lw=0.8, zorder=1)
+    for role in sorted(sheet.cells, key=[*_ROLES].index): _add_cells(ax, role, sheet.cells[role])
+    for x, y, text, at, colour in sheet.words: ax.text(x, y, text, ha=at, color=colour)
+    return figure
+
+# %% ../nbs/09_draw.ipynb #636fbd4d
+def _add_cells(ax, role, cells):
+    "All cells of one role, as one outline."
+    if not cells: return
+    fill, edge, width, dashes = _ROLES[role]
+    width *= min(1, max(e for *_, e in cells) / 0.25)
+    squares = [((x + _GAP, y + _GAP), (x + e - _GAP, y + _GAP), (x + e - _GAP, y + e - _GAP),
+                (x + _GAP, y + e - _GAP), (x + _GAP, y + _GAP)) for x, y, e in cells]
+    codes = [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY] * len(cells)
+    outline = Outline(np.concatenate(squares), codes)
+    ax.add_patch(PathPatch(outline, fc=fill, ec=edge, lw=width, ls=dashes, zorder=2))
+
+# %% ../nbs/09_draw.ipynb #a72e5f25
+def _picture(sheet, alt, caption, **numbers):
+    "The sheet as a `Picture`."
+    with _house(): return Picture(_svg(_figure(sheet), alt, caption), alt, caption, numbers)
+
+# %% ../nbs/09_draw.ipynb #b8312093
+def _number(value, decimals):
+    "A number in few characters: 3, -2, .25"
+    if abs(value - round(value)) < 1e-6: return str(round(value)).replace("-", "\u2212")
+    sign, text = "\u2212" if value < 0 else "", f"{abs(value):.{decimals}f}"
+    return (sign if float(text) else "") + (text[1:] if text.startswith("0.") else text)
+
+# %% ../nbs/09_draw.ipynb #73c8a324
+def _texts(values, edge):
+    "Each value as text, all with as many decimals as fit a cell; empty where nothing fits."
+    values = np.asarray(values)
+    for decimals in (2, 1):
+        texts = [_number(v, decimals) for v in values.ravel().tolist()]
+        if edge >= 0.15 and max(map(_width, set(texts)), default=0) <= edge - 0.05:
+            return np.array(texts, object).reshape(values.shape)
+    return np.full(values.shape, "", object)
+
+# %% ../nbs/09_draw.ipynb #44a9796b
+def _grid(sheet, x, y, values, roles, edge, texts=None):
+    "A block of cells with its left upper corner at x, y. `roles` is a name, or one for each cell."
+    values = np.atleast_2d(values)
+    roles = np.broadcast_to(np.atleast_2d(np.asarray(roles, object)), values.shape)
+    texts = _texts(values, edge) if texts is None else np.atleast_2d(texts)
+    for (row, column), role in np.ndenumerate(roles):
+        sheet.cell(x + column * edge, y + row * edge, edge, role, texts[row, column])
+
+# %% ../nbs/09_draw.ipynb #a42f0f5e
+def _edge(columns, rows, width=WIDTH, height=HEIGHT, values=()):
+    "The side of a cell with which that many fit, in inches; larger where values need it."
+    longest = max((_width(_number(v, 2)) for v in np.ravel(values).tolist()), default=0)
+    largest = min(max(0.3, longest + 0.1), 0.42)
+    return max(0.1, min(largest, (width - 2 * _RIM) / columns, (height - 2 * _RIM) / rows))
+
+# %% ../nbs/09_draw.ipynb #0041bfcc
+def _house():
+    "A context with matplotlib's defaults and our settings."
+    return style.context(["default", {
+        "svg.hashsalt": "flashconv", "svg.fonttype": "path", "font.size": FONT,
+        "figure.facecolor": PAPER, "text.color": INK, "axes.edgecolor": GREY,
+        "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.5,
+        "axes.titlesize": FONT, "legend.frameon": False, "savefig.dpi": 200,
+        "axes.prop_cycle": "cycler('color', ['#2f6db3', '#d97706', '#0f9d94', '#6b6b6b'])"}])
+
+# %% ../nbs/09_draw.ipynb #2fcd4d62
+def _svg(figure, alt, caption):
+    "A figure as a short SVG that describes itself and fits a narrow page."
+    file, nothing = BytesIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(file, format="svg", metadata=nothing)
+    svg = re.sub(r"<!--.*?-->|(?<=<g) id=\"[^\"]*\"", "", file.getvalue().decode(), flags=re.S)
+    svg = re.sub(r"(?<!scale\()(\b\d+\.\d\d)\d+", r"\1", re.sub(r"\s+", " ", svg))
+    head, _, body = svg[svg.index("<svg") :].replace("> <", "><").partition(">")
+    return (f'{head} role="img" style="max-width:100%;height:auto" '
+            f'data-drawn-by="Matplotlib v{matplotlib_version}"><title>'
+            f"{escape(caption or alt)}</title><desc>{escape(alt)}</desc>{body}")

@@ -1,4 +1,4 @@
-"""The drawings: their numbers are the layers', their bytes are always the same, they describe themselves."""
+"""The drawings: numbers of the layers, the same bytes on every run, words for what is seen."""
 import os
 import re
 import subprocess
@@ -27,7 +27,8 @@ def filled(cls, *args, **options):
 
 
 def stack():
-    return [nn.Conv1d(1, 1, 3, padding=1), nn.Conv1d(1, 1, 3, stride=2), nn.Conv1d(1, 1, 2, dilation=2)]
+    return [nn.Conv1d(1, 1, 3, padding=1), nn.Conv1d(1, 1, 3, stride=2),
+            nn.Conv1d(1, 1, 2, dilation=2)]
 
 
 PICTURES = {  # name -> with numbers, with a layer, what the alt text says
@@ -43,8 +44,8 @@ PICTURES = {  # name -> with numbers, with a layer, what the alt text says
                       "6 × 7 outputs"),
     "frames": (lambda: draw.frames(3, 7, stride=2),
                lambda: draw.frames(filled(nn.Conv1d, 1, 1, 3, 2), 7), "3 outputs"),
-    "animation": (lambda: draw.animation(3, 5), lambda: draw.animation(filled(nn.Conv1d, 1, 1, 3), 5),
-                  "3 outputs"),
+    "animation": (lambda: draw.animation(3, 5),
+                  lambda: draw.animation(filled(nn.Conv1d, 1, 1, 3), 5), "3 outputs"),
     "matrix": (lambda: draw.matrix(3, 7, stride=2),
                lambda: draw.matrix(filled(nn.Conv1d, 1, 1, 3, 2), 7), "3 outputs"),
     "padding_modes": (lambda: draw.padding_modes([1, 2, 3], 2),
@@ -61,7 +62,8 @@ PICTURES = {  # name -> with numbers, with a layer, what the alt text says
     "overlap 1d": (lambda: draw.overlap(3, 2, 4),
                    lambda: draw.overlap(nn.ConvTranspose1d(1, 1, 3, 2), size=4), "9 outputs"),
     "overlap 2d": (lambda: draw.overlap(3, 2, (3, 2)),
-                   lambda: draw.overlap(nn.ConvTranspose2d(1, 1, 3, 2), size=(3, 2)), "7 × 5 outputs"),
+                   lambda: draw.overlap(nn.ConvTranspose2d(1, 1, 3, 2), size=(3, 2)),
+                   "7 × 5 outputs"),
     "output_sizes": (lambda: draw.output_sizes(3, 2, 1),
                      lambda: draw.output_sizes(nn.Conv2d(1, 1, 3, 2, 1)), "5, 6 give 3"),
     "feature_maps": (lambda: draw.feature_maps(mx.arange(50.0).reshape(2, 5, 5)),
@@ -87,7 +89,7 @@ def test_numbers_and_layers(name):
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_form(name):
-    "An SVG of at most 6 x 2.5 inches on white paper that says what it shows, or a GIF with as much."
+    "An SVG of at most 6 x 2.5 inches on white paper, or a GIF, that says what it shows."
     picture = PICTURES[name][1]()
     bundle, metadata = picture._repr_mimebundle_()
     assert bundle["text/plain"] == picture.alt
@@ -110,8 +112,10 @@ def test_the_same_bytes_in_every_process():
     code = ("import hashlib, matplotlib, sys; sys.path.insert(0, 'tests')\n"
             "matplotlib.rcParams.update(eval(sys.argv[1]))\nfrom test_draw import PICTURES\n"
             "for a, b, _ in PICTURES.values():\n  for p in (a(), b()):\n"
-            "    d = p.data\n    print(hashlib.sha1(d if type(d) is bytes else d.encode()).hexdigest())")
-    settings = {"font.size": 30, "font.family": "serif", "mathtext.default": "it", "svg.fonttype": "none", "figure.dpi": 31, "axes.grid": True,
+            "    d = p.data if type(p.data) is bytes else p.data.encode()\n"
+            "    print(hashlib.sha1(d).hexdigest())")
+    settings = {"font.size": 30, "font.family": "serif", "svg.fonttype": "none",
+                "mathtext.default": "it", "figure.dpi": 31, "axes.grid": True,
                 "figure.facecolor": "black", "text.usetex": True, "savefig.bbox": "tight"}
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     runs = [subprocess.Popen([sys.executable, "-c", code, repr(given)], cwd=root, text=True,
@@ -182,13 +186,13 @@ def test_window_draws_what_the_layer_gives(cls, size, args, options):
 
 @pytest.mark.parametrize("cls, size, args, options", CASES)
 def test_every_step_uses_the_orange_cells(cls, size, args, options):
-    "The output at a step is the sum over its taps; a transposed input reaches its taps and no more."
+    "An output is the sum over its taps; a transposed input reaches its taps and no others."
     layer = case_of(cls, args, options)
     kernel = np.array(layer.weight[0, 0]).ravel()
     bias = 0.0 if layer.bias is None else layer.bias.item()
     steps = draw.window(layer, size).numbers
     steps = steps["input" if layer.transposed else "output"].size
-    for step in range(steps):
+    for step in range(0, steps, 1 + steps // 6):
         drawn = draw.window(layer, size, step=step).numbers
         assert drawn["taps"].sum() == kernel.size
         if not layer.transposed:
@@ -217,6 +221,11 @@ def test_matrix_of_the_transpose():
     back = draw.matrix([[1, 2], [3, 4]], (4, 4), transposed=True, padding=1).numbers["matrix"]
     assert forth.shape == (16, 9)
     assert (forth.T == back).all()
+
+
+def test_uneven_padding():
+    "padding='same' with an even kernel pads one more at the end, and the words say so."
+    assert "padding 1 and 2:" in draw.window(4, 6, padding="same").alt
 
 
 def test_given_values():
@@ -317,7 +326,8 @@ def test_kernels():
     (ValueError, "1 or 2 spatial axes can be drawn, but got 3", lambda: draw.window((3, 3, 3), 5)),
     (ValueError, "but got 3", lambda: draw.kernels(nn.Conv3d(1, 1, 2))),
     (TypeError, "a size or an input is needed", lambda: draw.window(3)),
-    (TypeError, "argument 'kernel_size' must be tuple of ints, not str", lambda: draw.window("3", 5)),
+    (TypeError, "argument 'kernel_size' must be tuple of ints, not str",
+     lambda: draw.window("3", 5)),
     (TypeError, "argument 'size' must be tuple of ints, not float", lambda: draw.window(3, 5.0)),
     (TypeError, "input must be real numbers", lambda: draw.window(1, input=["a"])),
     (TypeError, "step must be an int, but got 1.0", lambda: draw.window(3, 5, step=1.0)),
@@ -335,23 +345,29 @@ def test_kernels():
     (ValueError, "6.0 x 2.5 inches at most", lambda: draw.matrix(3, 60)),
     (ValueError, "6.0 x 2.5 inches at most", lambda: draw.receptive_field([101])),
     (ValueError, "at least one layer", lambda: draw.receptive_field([])),
-    (ValueError, "no single receptive field", lambda: draw.receptive_field([nn.ConvTranspose1d(1, 1, 3)])),
+    (ValueError, "no single receptive field",
+     lambda: draw.receptive_field([nn.ConvTranspose1d(1, 1, 3)])),
     (ValueError, "stride must be at least 1, but got 0", lambda: draw.receptive_field([(3, 0)])),
     (ValueError, "steps must name at least one", lambda: draw.frames(3, 5, steps=())),
     (ValueError, "seconds must be above 0", lambda: draw.animation(3, 5, seconds=-1)),
     (ValueError, "values must have one axis", lambda: draw.padding_modes([[1]], 1)),
     (ValueError, "padding must be at least 0", lambda: draw.padding_modes([1, 2], -1)),
     (RuntimeError, "Padding size should be less", lambda: draw.padding_modes([1, 2], 2)),
-    (ValueError, "one dilation per layer", lambda: draw.dilation_taps([3, 3], (1, 2, 3), stacked=True)),
+    (ValueError, "one dilation per layer",
+     lambda: draw.dilation_taps([3, 3], (1, 2, 3), stacked=True)),
     (ValueError, "divisible by groups", lambda: draw.groups(4, 6, 4)),
     (ValueError, "a transposed layer is needed", lambda: draw.overlap(nn.Conv1d(1, 1, 3))),
-    (ValueError, "no input gives an output size of 1", lambda: draw.output_sizes(3, 2, 2, outputs=(1,))),
+    (ValueError, "no input gives an output size of 1",
+     lambda: draw.output_sizes(3, 2, 2, outputs=(1,))),
     (TypeError, "argument 'padding'", lambda: draw.output_sizes(3, padding="same")),
-    (ValueError, r"output of shape \(2, 3, 4, 5\)", lambda: draw.feature_maps(mx.ones((2, 3, 4, 5)))),
-    (ValueError, "most must be at least 1, but got 0", lambda: draw.feature_maps(mx.ones((2, 3, 4)), most=0)),
+    (ValueError, r"output of shape \(2, 3, 4, 5\)",
+     lambda: draw.feature_maps(mx.ones((2, 3, 4, 5)))),
+    (ValueError, "most must be at least 1, but got 0",
+     lambda: draw.feature_maps(mx.ones((2, 3, 4)), most=0)),
     (TypeError, "must be a layer of flashconv, but got int", lambda: draw.kernels(3)),
     (ValueError, "alt must say", lambda: draw.figure(lambda ax: None, alt="")),
-    (ValueError, "inches at most, but got 7 x 2", lambda: draw.figure(lambda ax: None, 7, 2, alt="a")),
+    (ValueError, "inches at most, but got 7 x 2",
+     lambda: draw.figure(lambda ax: None, 7, 2, alt="a")),
 ])
 def test_refused(error, words, call):
     with pytest.raises(error, match=words): call()
