@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import flashconv  # before mlx.core, so that a fast BLAS is under it
 import mlx.core as mx
@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 PASSES = "forward", "gradients"
 SLOW = 2  # seconds: what takes longer is timed once, when it is tried
 BLOCK = 0.005  # seconds that one sample lasts at least, over as many calls as that takes
+PAUSE = 0.03  # seconds before a turn, in which the threads of the one before stop spinning
 TOLERANCE = {"float16": 0.02, "bfloat16": 0.1}  # of the largest number; 1e-3 otherwise
 
 
@@ -112,6 +113,7 @@ def interleave(entries, which, rounds):
         for entry in entries:
             name, run = entry.competitor.name, getattr(entry.runner, which)
             switch(entry.competitor.blas)
+            sleep(PAUSE)
             once = seconds(run)  # not a sample: it brings the row back into the caches
             calls.setdefault(name, max(1, math.ceil(BLOCK / once)))
             if turn < 3 or sum(entry.samples) * calls[name] < 1:
