@@ -126,16 +126,22 @@ class ReceptiveField(NamedTuple):
     jump: int  # inputs between the fields of neighbouring outputs
     start: int  # first input in the field of output 0; negative inside the padding
 
-# %% ../nbs/00_arithmetic.ipynb #26c4d68c
+# %% ../nbs/00_arithmetic.ipynb #369cbdd5
 def receptive_field(
     *layers,  # objects with `kernel_size`, `stride`, `padding` and `dilation`, input side first
     axis: int = 0,  # spatial axis to look along, where those are tuples
 ) -> ReceptiveField:
-    "The field of convolution or pooling layers in a row. ValueError for a transposed layer."
+    """The field of convolution or pooling layers in a row.
+
+    Raises `ValueError` for a transposed layer, `TypeError` for what has no `kernel_size`, as
+    pooling layers of `mlx.nn`: `types.SimpleNamespace(kernel_size=2, stride=2)` stands for one.
+    """
     size, jump, start = 1, 1, 0
     for layer in layers:
         if getattr(layer, "transposed", False):
             raise ValueError(f"a transposed layer has no single receptive field, got {layer}")
+        if not hasattr(layer, "kernel_size"):
+            raise TypeError(f"every layer must have a kernel_size, but got {layer!r}")
         k, s, p, d = (_along(getattr(layer, name, default), axis) for name, default in
                       (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)))
         if isinstance(p, str): p = same_padding(k, d)[0] if p == "same" else 0
