@@ -429,7 +429,7 @@ def _strips(kernels, dilations):
         f"At dilation {d}, {k} taps span {span}." for k, d, span in zip(kernels, dilations, spans))
     return _picture(sheet, alt, "Taps at several dilations", spans=spans)
 
-# %% ../nbs/09_draw.ipynb #eab8b2da
+# %% ../nbs/09_draw.ipynb #1c4c3abd
 def _gridding(kernels, dilations):
     "A stack of dilated layers, with paths counted."
     paths, sheet = coverage(kernels, dilations), _Sheet()
@@ -437,9 +437,9 @@ def _gridding(kernels, dilations):
     _draw_cone(sheet, stack, lambda place, counts, edge:
                _fitting(str(counts.get(place, 0)), edge))
     blind = paths.count(0)
+    used = f"of which {blind} {'are' if blind > 1 else 'is'} never used" if blind else "all used"
     alt = (f"Layers with dilations {', '.join(map(str, dilations))}: one output sees {len(paths)} "
-           f"inputs, of which {blind or 'none'} {'are' if blind > 1 else 'is'} never used. Paths "
-           f"from each input: {', '.join(map(str, paths))}.")
+           f"inputs, {used}. Paths from each input: {', '.join(map(str, paths))}.")
     return _picture(sheet, alt, f"Paths to one output, dilations {', '.join(map(str, dilations))}",
                     paths=paths)
 
