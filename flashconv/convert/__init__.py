@@ -1,0 +1,10 @@
+"""PyTorch's and `mlx.nn`'s layers, states and models to flashconv's and back."""
+
+from flashconv.convert.layers import from_mlx, from_torch, to_mlx, to_torch
+from flashconv.convert.models import conversion_report, convert_model
+from flashconv.convert.state import load_torch_state, save_torch_state, to_torch_state
+from flashconv.convert.swap import downgrade, upgrade
+
+__all__ = [
+    "from_torch", "to_torch", "from_mlx", "to_mlx", "load_torch_state", "save_torch_state",
+    "to_torch_state", "convert_model", "conversion_report", "upgrade", "downgrade"]
