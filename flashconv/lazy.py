@@ -156,7 +156,7 @@ def filter_and_map(self: _Lazy, filter_fn, map_fn=None, is_leaf_fn=None) -> dict
     kept = {key: value for key, value in dict.items(self) if filter_fn(self, key, value)}
     return {key: map_fn(value) for key, value in kept.items()} if map_fn else kept
 
-# %% ../nbs/07_lazy.ipynb #95c7aa62
+# %% ../nbs/07_lazy.ipynb #7f309f8b
 @patch
 def _misfit(self: _Lazy, name, value):
     "Why `value` can't become the parameter `name`; None if it can."
@@ -166,6 +166,8 @@ def _misfit(self: _Lazy, name, value):
     if name == "bias": channels, wanted = None, (self.out_channels,)
     else:
         channels = value.shape[0] if self.transposed else value.shape[1] * self.groups
+        if channels % self.groups:
+            return f"{channels} input channels can't be divided into groups={self.groups}."
         wanted = self._weight_shape(channels)
     if value.shape != wanted:
         return (f"size mismatch for {name}: copying a param with shape {value.shape} from "

@@ -94,7 +94,7 @@ def _read_safetensors(path):
                            "it with model.load_weights, and flashconv.upgrade the model after")
     return state
 
-# %% ../../nbs/12_state.ipynb #0d38248b
+# %% ../../nbs/12_state.ipynb #bb1998e2
 def _read_pickle(path):
     try: import torch
     except ImportError as error:
@@ -104,8 +104,9 @@ def _read_pickle(path):
         return torch.load(path, map_location="cpu", weights_only=True,
                           mmap=zipfile.is_zipfile(path))
     except Exception as error:  # of a dozen types, according to where the bytes are wrong
-        raise RuntimeError(f"{path} is corrupt, or holds more than tensors, which could run code: "
-                           f"{str(error).splitlines()[0]}") from error
+        problem = f"{type(error).__name__}: {str(error).partition('.')[0]}"
+        raise RuntimeError(f"{path} is corrupt, or holds more than tensors, which could run code "
+                           f"({problem})") from error
 
 # %% ../../nbs/12_state.ipynb #dad9b298
 def _as_array(value):
@@ -121,14 +122,16 @@ def _as_array(value):
         else: return mx.array(value.view(torch.int16).numpy(force=True)).view(dtype)
     return mx.array(value, dtype) if isinstance(value, np.ndarray) else None
 
-# %% ../../nbs/12_state.ipynb #23e4cf2a
+# %% ../../nbs/12_state.ipynb #6002e2d1
 def _misfit(name, array, place, assign):
     "Why `array`, in PyTorch's layout, can't be put in its place; None if it can."
     if array is None: return f"{name} is no dense array or tensor of a dtype that MLX has."
     if not assign and array.dtype != place.array.dtype:
         return (f"dtype mismatch for {name}: {array.dtype} in the state, {place.array.dtype} in "
                 "the model; call model.set_dtype before, or pass assign=True to take the state's.")
-    if isinstance(place.layer, _Lazy): return place.layer._misfit(place.key, array)
+    if isinstance(place.layer, _Lazy):
+        problem = place.layer._misfit(place.key, array)
+        return problem and f"{name}: {problem}"
     wanted = _from_place(place).shape
     if array.shape == wanted: return None
     hint, axis = "", _mlx_axis(place.layer) if place.key == "weight" else None
@@ -207,19 +210,23 @@ def _torch_arrays(model):
         if type(place.array) is UninitializedParameter: place.layer.items()  # which refuses
     return {name: _from_place(place) for name, place in places.items()}
 
-# %% ../../nbs/12_state.ipynb #ca814ec8
+# %% ../../nbs/12_state.ipynb #6f5e318c
 def save_torch_state(
     model: nn.Module,  # any model, of these layers and mlx.nn's
     file: str | os.PathLike,  # to write, ending in .safetensors
 ) -> None:
     """Write what `to_torch_state` gives to a safetensors file. It takes no PyTorch.
 
-    Raises `ValueError` for another ending, `OSError` or `RuntimeError` where it can't be written;
-    a file that was there stays whole then.
+    Raises `ValueError` for another ending and for float64, `OSError` or `RuntimeError` where it
+    can't be written; a file that was there stays whole then.
     """
     file, arrays = Path(file), _torch_arrays(model)
     if file.suffix != ".safetensors":
         raise ValueError(f"expected a file named .safetensors, but got {file}")
+    for name, array in arrays.items():
+        if array.dtype == mx.float64:
+            raise ValueError(f"{name} is float64, which MLX does not write to safetensors: use "
+                             "torch.save(to_torch_state(model), 'model.pt')")
     partial = file.with_name(f".{file.stem}-{os.getpid()}-{get_ident()}.safetensors")
     try:
         mx.save_safetensors(str(partial), arrays, {"format": "pt"})
