@@ -244,6 +244,17 @@ def test_damaged_files(kind, tmp_path):
     assert refused >= 8
 
 
+def test_weights_that_break_off(tmp_path):
+    "`save_weights`, ended half-way, leaves a file that no layer loads: it is refused, or whole."
+    model, file = flashconv.Conv2d(3, 4, 3), str(tmp_path / "model.safetensors")
+    model.save_weights(file)
+    whole, before = Path(file).read_bytes(), snapshot(model)
+    for n in (*range(0, len(whole), 7), len(whole) - 1):
+        Path(file).write_bytes(whole[:n])
+        with pytest.raises((RuntimeError, ValueError)): model.load_weights(file)
+        assert snapshot(model) == before
+
+
 class Bomb:
     def __reduce__(self): return os.mkdir, (str(Bomb.folder),)
 
