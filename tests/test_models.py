@@ -60,7 +60,7 @@ SPATIAL = [T.PReLU(4), T.Softmax(1), T.LogSoftmax(1), T.GLU(1), T.Dropout2d(0.2)
            T.UpsamplingBilinear2d(scale_factor=3), T.AdaptiveAvgPool2d(1),
            T.AdaptiveAvgPool2d((3, None)), T.AdaptiveAvgPool2d(5), T.AdaptiveMaxPool2d((2, 3)),
            T.ZeroPad2d((1, 2, 0, 1)), T.ConstantPad2d(1, -2.5), T.ReflectionPad2d((1, 2, 3, 0)),
-           T.ReplicationPad2d(2), T.CircularPad2d((0, 1, 2, 1)), T.Conv2d(4, 6, 3, groups=2),
+           T.ReplicationPad2d(2), T.CircularPad2d((0, 1, 2, 1)), T.PixelShuffle(2), T.Conv2d(4, 6, 3, groups=2),
            T.ConvTranspose2d(4, 6, 3, 2, 1, 1), T.Flatten(),
            T.Sequential(T.Conv2d(4, 4, 3), T.Flatten(), T.Linear(4 * 5 * 4, 3), T.BatchNorm1d(3),
                         T.Softmax(-1), T.Linear(3, 8), T.Unflatten(1, (2, 2, 2)), T.Conv2d(2, 1, 1))]
