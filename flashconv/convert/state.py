@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['load_torch_state', 'to_torch_state', 'save_torch_state']
 
-# %% ../../nbs/12_state.ipynb #c6f97409
+# %% ../../nbs/12_state.ipynb #273f4045
 import os
 import sys
-import zipfile
 from pathlib import Path
 from threading import get_ident
 from typing import NamedTuple
@@ -94,15 +93,13 @@ def _read_safetensors(path):
                            "it with model.load_weights, and flashconv.upgrade the model after")
     return state
 
-# %% ../../nbs/12_state.ipynb #bb1998e2
+# %% ../../nbs/12_state.ipynb #ee27a640
 def _read_pickle(path):
     try: import torch
     except ImportError as error:
         raise ImportError(f"{path} needs PyTorch to be read: pip install flashconv[torch], or save "
                           "it as .safetensors where PyTorch is") from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True,
-                          mmap=zipfile.is_zipfile(path))
+    try: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen types, according to where the bytes are wrong
         problem = f"{type(error).__name__}: {str(error).partition('.')[0]}"
         raise RuntimeError(f"{path} is corrupt, or holds more than tensors, which could run code "
