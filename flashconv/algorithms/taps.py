@@ -46,27 +46,32 @@ def added(
         terms = [a + b for a, b in zip(terms[::2], terms[1::2])] + terms[len(terms) // 2 * 2 :]
     return terms[0]
 
-# %% ../../nbs/algorithms/taps.ipynb #4e0d1ed9
+# %% ../../nbs/algorithms/taps.ipynb #4e93e226
 def taps(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # everything else
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "A sum of one product per tap, for every dtype."
-    dtype = x.dtype
-    x, w, first = _prepared(x, w, g)
-    size = 3 * prod(g.output_shape) * x.itemsize  # two terms and their sum
+    dtype, size = x.dtype, 3 * prod(g.output_shape) * x.itemsize  # two terms and their sum
+    x, w = _in_full_precision(x, w)
+    if w.shape[1] == 1 and not g.transposed:
+        return in_tiles(_channel_by_channel, x, w, g, size).astype(dtype)
+    x, first = _channels_first(x, g)
     y = _stamped(x, w, first) if g.transposed else in_tiles(_summed, x, w, first, size)
     return y.astype(dtype) if first is g else mx.moveaxis(y.astype(dtype), 1, -1)
 
-# %% ../../nbs/algorithms/taps.ipynb #c7d14ccd
-def _prepared(x, w, g):
-    "Arrays in the precision of the sums, channels first, and their geometry."
-    if x.dtype in (mx.float16, mx.bfloat16): x, w = x.astype(mx.float32), w.astype(mx.float32)
-    if not g.channels_last: return x, w, g
+# %% ../../nbs/algorithms/taps.ipynb #9ddcc53b
+def _in_full_precision(x, w):
+    half = x.dtype in (mx.float16, mx.bfloat16)
+    return (x.astype(mx.float32), w.astype(mx.float32)) if half else (x, w)
+
+def _channels_first(x, g):
+    "The input with its channels before its places, and the geometry of that."
+    if not g.channels_last: return x, g
     n, *out, channels = g.output_shape
     x = mx.contiguous(mx.moveaxis(x, -1, 1))  # one copy, where each tap would be a slow one
-    return x, w, replace(g, channels_last=False, output_shape=(n, channels, *out))
+    return x, replace(g, channels_last=False, output_shape=(n, channels, *out))
 
 # %% ../../nbs/algorithms/taps.ipynb #f1c3ebbc
 def _summed(x, w, g):
@@ -77,6 +82,24 @@ def _summed(x, w, g):
     y = added([_channel_products(w[(..., *tap)], x[where].reshape(shape))
                 for tap, where in slices(g.kernel_size, g.dilation, out, g.stride)])
     return y.reshape(len(x), -1, *out)
+
+# %% ../../nbs/algorithms/taps.ipynb #44a5ed4e
+def _channel_by_channel(x, w, g):
+    "A convolution with one channel per group, in the layout of its input."
+    out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
+    before = 1 if g.channels_last else 2  # axes before the spatial ones
+    x = pad_axes(x, {before + axis: amounts for axis, amounts in enumerate(g.padding)})
+    x = mx.expand_dims(x, -1 if g.channels_last else 2)
+    w = mx.contiguous(mx.moveaxis(w[:, 0], 0, -1))  # a tap's weights lie together
+    w = mx.unflatten(w, -1, (g.groups, -1))  # (*kernel, groups, O/groups)
+    beside = () if g.channels_last else (..., *(None,) * len(out))
+    y = added([x[_from(where, g)] * w[(*tap, *beside)]
+               for tap, where in slices(g.kernel_size, g.dilation, out, g.stride)])
+    return mx.flatten(y, -2, -1) if g.channels_last else mx.flatten(y, 1, 2)
+
+def _from(where, g):
+    "Slices of the last axes as slices of the spatial ones."
+    return (slice(None), *where[1:]) if g.channels_last else where
 
 # %% ../../nbs/algorithms/taps.ipynb #32e5c9ac
 def _stamped(x, w, g):
@@ -93,7 +116,7 @@ def _stamped(x, w, g):
                                    for axis, (start, n) in enumerate(zip(starts, full), 2)}))
     return added(stamps)[(..., *(slice(p[0], p[0] + o) for o, p in zip(out, g.padding)))]
 
-# %% ../../nbs/algorithms/taps.ipynb #0f628dc6
+# %% ../../nbs/algorithms/taps.ipynb #550c7236
 def places(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -101,7 +124,8 @@ def places(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "One product for all output places, for every dtype."
     dtype = x.dtype
-    x, w, first = _prepared(x, w, g)
+    x, w = _in_full_precision(x, w)
+    x, first = _channels_first(x, g)
     size = len(x) * x.shape[1] * prod(g.kernel_size) * prod(first.output_shape[2:]) * x.itemsize
     y = in_tiles(_placed, x, w, first, size).astype(dtype)
     return y if first is g else mx.moveaxis(y, 1, -1)
