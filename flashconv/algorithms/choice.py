@@ -40,8 +40,9 @@ def possible(
         overlap_add=g.transposed and mx.issubdtype(dtype, mx.inexact))
     return [name for name in ALGORITHMS if defined[name]]
 
-# %% ../../nbs/algorithms/choice.ipynb #9d2d04b5
+# %% ../../nbs/algorithms/choice.ipynb #0f228c6c
 _MOST_STEPS = 256  # a longer graph costs more than it saves
+_MOST_STAMPS = 16  # on one output, of a kernel with more taps than that
 _SMALL = 2**18  # multiplications that take as long as preparing a few operations
 
 @lru_cache(maxsize=4096)
@@ -54,7 +55,7 @@ def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
         return "fft", "a long kernel" if n_taps <= n_places else "many outputs of a long kernel"
     if "places" in names and n_places < n_taps and n_places <= _MOST_STEPS:
         return "places", "fewer outputs than taps"
-    if "overlap_add" in names and n_taps <= _MOST_STEPS:
+    if "overlap_add" in names and n_taps <= max(_MOST_STEPS, _MOST_STAMPS * prod(g.stride)):
         return "overlap_add", "transposed with a stride"
     if n_taps > _MOST_STEPS and "native" in names:
         return "native", f"more than {_MOST_STEPS} taps"
