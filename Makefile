@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make readme | make clean
+# make demo | make test | make limits | make environments | make bench | make readme | make clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,13 +8,21 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo test bench readme clean
+.PHONY: demo test limits environments bench readme clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python -m flashconv $(PICTURE)
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q -n auto
+
+# Up to 3 GB and some minutes: what a size, a length or a number of calls may cost.
+limits: $(VENV)/test-installed
+	$(BIN)/python -m pytest -q -m large
+
+# Every Python, the oldest and the newest of what settings.ini admits, each in an empty environment.
+environments:
+	$(PYTHON) tools/environments.py
 
 bench: $(VENV)/bench-installed
 	$(BIN)/python benchmarks/layers.py $(BENCH)

@@ -1,4 +1,5 @@
 """The choice of an algorithm: forced, explained, tuned."""
+import sys
 from functools import partial
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from flashconv.algorithms import choice
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 OTHERS = (mx.float64, mx.complex64)
 NAMES = tuple(choice.ALGORITHMS)
+fft = sys.modules["flashconv.algorithms.fft"]
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +153,55 @@ def test_workspace(name, shape, weight, kw):
     with fc.algorithm(name): y = f(x, w, **kw)
     mx.eval(y)
     assert mx.get_peak_memory() - before - y.nbytes <= 2**26 + y.nbytes  # parts, put together
+
+
+@pytest.mark.parametrize("shape, weight, stride", (
+    ((1, 1026, 1000), (1026, 1, 1024), 256),  # spectra to sound
+    ((1, 768, 7, 7), (768, 3, 32, 32), 32),  # tokens to patches
+    ((1, 1, 25_000), (1, 1, 800), 400)))
+def test_long_transposed_kernels_with_long_strides(shape, weight, stride):
+    "Columns of the input with its zeros would be 1 TB, and asking for them ended the process."
+    f = getattr(F, f"conv_transpose{len(shape) - 2}d")
+    run = fc.explain(partial(f, weight=mx.zeros(weight), stride=stride), shape)[0]
+    assert run.algorithm == "overlap_add"
+    x, w = mx.random.normal(shape), mx.random.normal(weight)
+    y = f(x, w, stride=stride)
+    first = (x.reshape(*shape[:2], -1)[..., 0] @ w.reshape(weight[0], -1)).reshape(1, *weight[1:])
+    corner = (..., *[slice(stride)] * (len(shape) - 2))
+    assert mx.allclose(y[corner], first[corner], atol=1e-2)
+
+
+@pytest.mark.parametrize("kw, shape, weight", (
+    ({"stride": 160}, (1, 1, 10_000_000), (1, 1, 400)),
+    ({"data_format": "channels_last"}, (1, 1024, 1024, 3), (8, 3, 3, 3)),
+    ({"groups": 2, "padding": 1}, (2, 4, 512, 512), (4, 2, 3, 3))))
+def test_native_in_parts(kw, shape, weight):
+    "MLX writes all columns at once; cut, they give the same numbers in a part of the memory."
+    f = getattr(F, f"conv{len(shape) - 2}d")
+    x, w = mx.random.normal(shape), mx.random.normal(weight)
+    with fc.algorithm("taps" if "groups" in kw else "matmul"): right = f(x, w, **kw)
+    mx.eval(right, w)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with fc.algorithm("native"): y = f(x, w, **kw)
+    mx.eval(y)
+    assert mx.get_peak_memory() - before - y.nbytes <= 2**26 + 2**26 + y.nbytes
+    assert mx.allclose(y, right, atol=1e-3)
+
+
+def test_fft_is_not_cut_below_its_kernel():
+    "A picture under a kernel of its size: one ring, not 64 nearly as large, which took 15 seconds."
+    x, w = mx.random.normal((1, 1, 512, 1024)), mx.random.normal((1, 1, 512, 1024))
+    seen, whole = [], fft._whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fft, "_whole", lambda *args: seen.append(args) or whole(*args))
+        with fc.algorithm("fft"): mx.eval(F.conv2d(x, w, padding="same"))
+    assert len(seen) <= 2
+
+
+def test_few_windows_of_a_large_picture():
+    "What a stride of 512 leaves out is not copied, as MLX's own convolution would: 192 MB here."
+    x = mx.broadcast_to(mx.array(1.0), (1, 3, 2**16, 2**16))  # 52 GB, were it written out
+    y = F.conv2d(x, mx.ones((8, 3, 3, 3)), stride=2**13, padding=0)
+    assert y.shape == (1, 8, 8, 8) and mx.all(y == 27)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flashconv.functional import pad
+from flashconv.padding import flip
 
 MODES = ("constant", "reflect", "replicate", "circular")
 AMOUNTS = {
@@ -113,3 +114,12 @@ def test_a_wrap_beyond_what_a_crop_leaves_is_refused():
     "Where PyTorch returns uninitialised memory, this is an error."
     with pytest.raises(RuntimeError, match="wrapping around more than once"):
         pad(mx.zeros((1, 1, 2)), (-2, 2), "circular")
+
+
+@pytest.mark.parametrize("shape, axes", (((1,), (0,)), ((2, 1, 3), (1,)), ((2, 1, 3), (0, 1, 2))))
+def test_flip(shape, axes):
+    "With its gradient, which MLX before 0.32.4 loses for an axis of one."
+    x, c = mx.random.normal(shape), mx.random.normal(shape)
+    assert np.array_equal(flip(x, axes), np.flip(x, axes))
+    gradient = mx.grad(lambda x: (flip(x, axes) * c).sum())(x)
+    assert np.array_equal(gradient, np.flip(c, axes))

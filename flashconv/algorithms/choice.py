@@ -40,8 +40,9 @@ def possible(
         overlap_add=g.transposed and mx.issubdtype(dtype, mx.inexact))
     return [name for name in ALGORITHMS if defined[name]]
 
-# %% ../../nbs/algorithms/choice.ipynb #9d2d04b5
+# %% ../../nbs/algorithms/choice.ipynb #0f228c6c
 _MOST_STEPS = 256  # a longer graph costs more than it saves
+_MOST_STAMPS = 16  # on one output, of a kernel with more taps than that
 _SMALL = 2**18  # multiplications that take as long as preparing a few operations
 
 @lru_cache(maxsize=4096)
@@ -54,7 +55,7 @@ def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
         return "fft", "a long kernel" if n_taps <= n_places else "many outputs of a long kernel"
     if "places" in names and n_places < n_taps and n_places <= _MOST_STEPS:
         return "places", "fewer outputs than taps"
-    if "overlap_add" in names and n_taps <= _MOST_STEPS:
+    if "overlap_add" in names and n_taps <= max(_MOST_STEPS, _MOST_STAMPS * prod(g.stride)):
         return "overlap_add", "transposed with a stride"
     if n_taps > _MOST_STEPS and "native" in names:
         return "native", f"more than {_MOST_STEPS} taps"
@@ -73,12 +74,13 @@ def _is_long(g, n_taps, n_places, per_group):
     if per_group <= 4: return min(n_taps, n_places) >= few
     return some <= n_taps <= n_places and (len(g.stride) == 1 or per_group <= 16)
 
-# %% ../../nbs/algorithms/choice.ipynb #f35f756c
+# %% ../../nbs/algorithms/choice.ipynb #ef6aa850
 def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
     "The same for what is neither transposed nor long, on a CPU."
     if inner == 1 and per_group <= 4 and n_taps > 1: return "taps", "one channel per group"
     work = prod(g.output_shape) * inner * n_taps
-    if plain and work < _SMALL: return "native", "small: the fewest operations win"
+    copied = g.output_shape[0] * n_places * prod(g.stride) * inner  # by MLX, to have it in a row
+    if plain and max(work, copied) < _SMALL: return "native", "small: the fewest operations win"
     as_good = g.channels_last and 1 < n_taps and n_places >= 256 and len(g.stride) < 3
     if plain and as_good and fast_blas: return "native", "dense and channels last: as MLX has it"
     return "matmul", "a matrix product with the columns"

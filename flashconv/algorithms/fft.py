@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fast_length', 'fft']
 
-# %% ../../nbs/algorithms/fft.ipynb #9d29ecaa
+# %% ../../nbs/algorithms/fft.ipynb #bc5bf7e2
 from dataclasses import replace
 from math import prod
 
@@ -15,7 +15,7 @@ from .native import as_convolution
 from .tiles import TILE, in_tiles
 from ..arithmetic import Geometry, effective_kernel_size
 from ..dilation import insert_zeros
-from ..padding import pad_axes
+from ..padding import flip, pad_axes
 
 # %% ../../nbs/algorithms/fft.ipynb #b7edd928
 def fast_length(
@@ -83,13 +83,13 @@ def _in_blocks(x, w, g):
     y = mx.unflatten(_whole(x, w, block), 0, (-1, count)).swapaxes(1, 2)
     return mx.flatten(y, 2, 3)[..., : out : g.stride[0]]
 
-# %% ../../nbs/algorithms/fft.ipynb #dd5b72cc
+# %% ../../nbs/algorithms/fft.ipynb #89e31be5
 def _as_plain(x, w, g):
     "Input, turned weight and geometry of a convolution with channels first and no dilation."
     x, w, padding, stride = as_convolution(x, w, g)
     out, axes = g.output_shape, range(2, w.ndim)
     if g.channels_last: x, out = mx.moveaxis(x, -1, 1), (out[0], out[-1], *out[1:-1])
-    w = insert_zeros(w, dict(zip(axes, g.dilation)))[(..., *[slice(None, None, -1)] * len(stride))]
+    w = flip(insert_zeros(w, dict(zip(axes, g.dilation))), axes)
     beyond = [max(before - k + 1, 0) for (before, _), k in zip(padding, w.shape[2:])]
     x = pad_axes(x, {axis: (n, 0) for axis, n in zip(axes, beyond)})
     padding = tuple((before - n, after) for (before, after), n in zip(padding, beyond))
@@ -97,7 +97,7 @@ def _as_plain(x, w, g):
     return x, w, replace(g, kernel_size=w.shape[2:], stride=stride, padding=padding, dilation=ones,
                          transposed=False, channels_last=False, output_shape=out)
 
-# %% ../../nbs/algorithms/fft.ipynb #ed29ad83
+# %% ../../nbs/algorithms/fft.ipynb #6d4c8240
 def fft(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -106,7 +106,8 @@ def fft(
     "A product of spectra, for float32, float16 and bfloat16 arrays that are not empty."
     dtype, last = x.dtype, g.channels_last
     x, w, g = _as_plain(x.astype(mx.float32), w.astype(mx.float32), g)
-    ring = 8 * prod(_lengths(g, x.shape[2:]))  # a padded copy and half a spectrum
-    size = ring * len(x) * (x.shape[1] + g.output_shape[1])
-    y = in_tiles(_in_blocks, x, w, g, size).astype(dtype)
+    lengths = _lengths(g, x.shape[2:])
+    ring = 8 * prod(lengths) * (x.shape[1] + g.output_shape[1])  # a padded copy, half a spectrum
+    least = 2 * ring // g.groups * g.kernel_size[0] // lengths[0]
+    y = in_tiles(_in_blocks, x, w, g, ring * len(x), least=least).astype(dtype)
     return mx.moveaxis(y, 1, -1) if last else y

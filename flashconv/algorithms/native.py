@@ -5,13 +5,17 @@
 # %% auto #0
 __all__ = ['swap_channels', 'as_convolution', 'native']
 
-# %% ../../nbs/algorithms/native.ipynb #ed13e3e9
+# %% ../../nbs/algorithms/native.ipynb #de4b3a57
+from dataclasses import replace
+from math import prod
+
 import mlx.core as mx
 
 from .taps import added
+from .tiles import WHOLE, in_tiles
 from ..arithmetic import Geometry, effective_kernel_size
 from ..dilation import insert_zeros
-from ..padding import pad_axes
+from ..padding import flip, pad_axes
 
 # %% ../../nbs/algorithms/native.ipynb #c63f4ca0
 def swap_channels(
@@ -23,7 +27,7 @@ def swap_channels(
     blocks = w.reshape(groups, -1, *w.shape[1:])
     return mx.flatten(blocks.swapaxes(1, 2), 0, 1)
 
-# %% ../../nbs/algorithms/native.ipynb #46bf768f
+# %% ../../nbs/algorithms/native.ipynb #316d2411
 def as_convolution(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -37,22 +41,31 @@ def as_convolution(
     amounts = [(span - 1 - before, span - 1 - after + extra)
                for span, (before, after), extra in zip(spans, g.padding, g.output_padding)]
     x = pad_axes(x, {first + axis: (min(a, 0), min(b, 0)) for axis, (a, b) in enumerate(amounts)})
-    w = swap_channels(w, g.groups)[(..., *[slice(None, None, -1)] * len(spans))]
+    w = flip(swap_channels(w, g.groups), range(2, w.ndim))
     return x, w, tuple((max(a, 0), max(b, 0)) for a, b in amounts), (1,) * len(spans)
 
-# %% ../../nbs/algorithms/native.ipynb #d5545b56
-def _by_depth(x, w, stride, padding, g):
+# %% ../../nbs/algorithms/native.ipynb #22ef889f
+def _by_depth(x, w, g):
     "A 3d convolution of (N, D, H, W, C) as a sum of 2d ones over planes."
     n, (out, *_) = len(x), g.output_shape[1:] if g.channels_last else g.output_shape[2:]
-    x, terms = pad_axes(x, {1: padding[0]}), []
+    x, terms = pad_axes(x, {1: g.padding[0]}), []
     for tap in range(g.kernel_size[0]):
         start = tap * g.dilation[0]
-        planes = x[:, start : start + (out - 1) * stride[0] + 1 : stride[0]]
-        terms.append(mx.conv_general(mx.flatten(planes, 0, 1), w[:, tap], stride[1:],
-                                     tuple(zip(*padding[1:])), g.dilation[1:], groups=g.groups))
+        planes = x[:, start : start + (out - 1) * g.stride[0] + 1 : g.stride[0]]
+        terms.append(mx.conv_general(mx.flatten(planes, 0, 1), w[:, tap], g.stride[1:],
+                                     tuple(zip(*g.padding[1:])), g.dilation[1:], groups=g.groups))
     return mx.unflatten(added(terms), 0, (n, -1))
 
-# %% ../../nbs/algorithms/native.ipynb #6a1593cb
+# %% ../../nbs/algorithms/native.ipynb #e8c09231
+def _by_mlx(x, w, g):
+    if not g.channels_last: x = mx.moveaxis(x, 1, -1)
+    if len(g.stride) == 3: y = _by_depth(x, w, g)
+    else: y = mx.conv_general(x, w, g.stride, tuple(zip(*g.padding)), g.dilation, groups=g.groups)
+    out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
+    if y.shape[1:-1] != out: y = y[(slice(None), *map(slice, out))]
+    return y if g.channels_last else mx.moveaxis(y, -1, 1)
+
+# %% ../../nbs/algorithms/native.ipynb #ea749ead
 def native(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -60,10 +73,11 @@ def native(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "`mx.conv_general`, in float32, float16 and bfloat16."
     x, w, padding, stride = as_convolution(x, w, g)
-    if not g.channels_last: x = mx.moveaxis(x, 1, -1)
+    g = replace(g, padding=padding, stride=stride, transposed=False)
+    places = prod(g.output_shape) // g.output_shape[-1 if g.channels_last else 1]
+    channels = x.shape[-1 if g.channels_last else 1]
+    size = places * channels * prod(g.kernel_size[-2:]) * x.itemsize
+    if mx.default_device().type == mx.gpu: size = 0  # kernels there write no columns
     w = mx.moveaxis(w, 1, -1)
-    if len(stride) == 3: y = _by_depth(x, w, stride, padding, g)
-    else: y = mx.conv_general(x, w, stride, tuple(zip(*padding)), g.dilation, groups=g.groups)
-    out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
-    if y.shape[1:-1] != out: y = y[(slice(None), *map(slice, out))]
-    return y if g.channels_last else mx.moveaxis(y, -1, 1)
+    if size > WHOLE: w = mx.contiguous(w)  # once for all parts
+    return in_tiles(_by_mlx, x, w, g, size)

@@ -54,7 +54,7 @@ def _by_rows(x, w, g, parts, spatial):
         tiles.append((_cut(x, axis, a * step, (b - 1) * step + span), w, part))
     return tiles, axis
 
-# %% ../../nbs/algorithms/tiles.ipynb #14f1de34
+# %% ../../nbs/algorithms/tiles.ipynb #1902afab
 WHOLE, TILE = 32 * 2**20, 4 * 2**20  # bytes
 _MOST_TILES = 256
 
@@ -65,10 +65,11 @@ def in_tiles(
     g: Geometry,  # of a convolution that is not transposed
     size: int,  # bytes that `f` would need beside its arrays
     tile: int | None = None,  # bytes that it may need at a time; None for the limits above
+    least: int = 0,  # bytes of a part below which cutting saves nothing
 ) -> mx.array:  # f(x, w, g)
     "An algorithm applied to the whole, or to parts for which it needs far less at a time."
     if size <= (tile or WHOLE): return f(x, w, g)
-    if tile is None: tile = max(TILE, -(-size // _MOST_TILES))
+    if tile is None: tile = max(TILE, -(-size // _MOST_TILES), least)
     parts, out = -(-size // tile), g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
     spatial = next((axis for axis, length in enumerate(out) if length > 1), None)
     if len(x) > 1: tiles, axis = _by_batch(x, w, g, parts)
