@@ -6,14 +6,13 @@
 __all__ = ['UninitializedParameter', 'LazyConv1d', 'LazyConv2d', 'LazyConv3d', 'LazyConvTranspose1d', 'LazyConvTranspose2d',
            'LazyConvTranspose3d', 'materialize']
 
-# %% ../nbs/07_lazy.ipynb #b99f4123
-from operator import index
-
+# %% ../nbs/07_lazy.ipynb #ee75971d
 import mlx.core as mx
 import mlx.nn as nn
 from fastcore.basics import patch
 
-from .base import _ConvNd
+from .arithmetic import as_int
+from .base import _ConvNd, _flag
 from .conv import Conv1d, Conv2d, Conv3d
 from .padding import check_array
 from .transposed import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
@@ -196,13 +195,13 @@ def _rebuild(cls, items, state):
     layer.__setstate__(state)
     return layer
 
-# %% ../nbs/07_lazy.ipynb #39d553e9
+# %% ../nbs/07_lazy.ipynb #150ada21
 @patch
 def _start(self: _Lazy, out_channels, bias):
     "Take back the empty parameters that the full layer's constructor made."
-    self.out_channels, dtype = index(out_channels), self.weight.dtype
+    self.out_channels, dtype = as_int(out_channels, "out_channels"), self.weight.dtype
     self.weight = UninitializedParameter(dtype)
-    if bias: self.bias = UninitializedParameter(dtype)
+    if _flag(bias): self.bias = UninitializedParameter(dtype)
 
 # %% ../nbs/07_lazy.ipynb #4a71a1a7
 class _LazyConv(_Lazy):
