@@ -147,7 +147,7 @@ class ReceptiveField(NamedTuple):
     jump: int  # inputs between the fields of neighbouring outputs
     start: int  # first input in the field of output 0; negative inside the padding
 
-# %% ../nbs/00_arithmetic.ipynb #369cbdd5
+# %% ../nbs/00_arithmetic.ipynb #4ca5cf9c
 def receptive_field(
     *layers,  # objects with `kernel_size`, `stride`, `padding` and `dilation`, input side first
     axis: int = 0,  # spatial axis to look along, where those are tuples
@@ -157,22 +157,27 @@ def receptive_field(
     Raises `ValueError` for a transposed layer, `TypeError` for what has no `kernel_size`, as
     pooling layers of `mlx.nn`: `types.SimpleNamespace(kernel_size=2, stride=2)` stands for one.
     """
-    size, jump, start = 1, 1, 0
+    size, jump, start, axis = 1, 1, 0, as_int(axis, "axis")
     for layer in layers:
         if getattr(layer, "transposed", False):
             raise ValueError(f"a transposed layer has no single receptive field, got {layer}")
         if not hasattr(layer, "kernel_size"):
             raise TypeError(f"every layer must have a kernel_size, but got {layer!r}")
-        k, s, p, d = (_along(getattr(layer, name, default), axis) for name, default in
-                      (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)))
+        k, s, p, d = (_checked(name, _along(getattr(layer, name, default), axis))
+                      for name, default in _USUAL)
         if isinstance(p, str): p = same_padding(k, d)[0] if p == "same" else 0
         size, start, jump = size + d * (k - 1) * jump, start - p * jump, jump * s
     return ReceptiveField(size, jump, start)
 
-# %% ../nbs/00_arithmetic.ipynb #06a20371
+# %% ../nbs/00_arithmetic.ipynb #f690b6db
 def _along(value, axis):
     "The entry of `value` for one axis; a number or a string serves all of them."
-    return value[axis] if isinstance(value, (tuple, list)) else value
+    if not isinstance(value, (tuple, list)): return value
+    if not -len(value) <= axis < len(value):
+        raise ValueError(f"axis must be below {len(value)}, but got axis={axis} for {value}")
+    return as_int(value[axis], "kernel_size, stride, padding or dilation")
+
+_USUAL = ("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)
 
 # %% ../nbs/00_arithmetic.ipynb #d5d4c53d
 def as_tuple(

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .arithmetic import (
     as_int, as_ints, as_tuple, check_limit, is_channels_last, is_one_of, same_padding)
 
-# %% ../nbs/04_base.ipynb #d8a4690f
+# %% ../nbs/04_base.ipynb #c2fd3d39
 class _ConvNd(nn.Module):
     """What every convolution layer is: a weight, perhaps a bias, and the numbers of the call.
 
@@ -45,7 +45,7 @@ class _ConvNd(nn.Module):
         *,
         data_format: str = "channels_first",  # or 'channels_last'
     ):
-        kernel_size = tuple(as_int(k, "kernel_size") for k in kernel_size)
+        kernel_size = tuple(as_int(k, "kernel_size") for k in as_tuple(kernel_size, 1))
         in_channels, out_channels, groups = (as_int(value, name) for value, name in (
             (in_channels, "in_channels"), (out_channels, "out_channels"), (groups, "groups")))
         _check(in_channels, out_channels, groups, stride, padding, padding_mode)
@@ -74,7 +74,7 @@ def _weight_shape(self: _ConvNd, in_channels):
     check_limit((self.out_channels,))  # of the bias
     return shape
 
-# %% ../nbs/04_base.ipynb #b7f1e66a
+# %% ../nbs/04_base.ipynb #80e25a8b
 _PADDINGS = ("same", "valid")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -92,7 +92,7 @@ def _check(in_channels, out_channels, groups, stride, padding, padding_mode):
     if isinstance(padding, str) and padding not in _PADDINGS:
         raise ValueError(f"Invalid padding string {padding!r}, should be one of "
                          f"{_listed(_PADDINGS)}")
-    if padding == "same" and any(s != 1 for s in stride):
+    if is_one_of(padding, ("same",)) and any(s != 1 for s in stride):
         raise ValueError("padding='same' is not supported for strided convolutions, but got "
                          f"stride={stride}")
     if not is_one_of(padding_mode, _PADDING_MODES):
@@ -125,13 +125,15 @@ def _parameter_dtype(dtype):
                            f"gradients, but got dtype={dtype}")
     return dtype
 
-# %% ../nbs/04_base.ipynb #77ab4de0
+# %% ../nbs/04_base.ipynb #264907d1
 @patch
 def state_dict(
     self: _ConvNd,
     prefix: str = "",  # put in front of each name
 ) -> dict:  # name -> array: `weight`, and `bias` where there is one
     "The parameters by PyTorch's names. The arrays are the layer's own."
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a str, but got {type(prefix).__name__}")
     return {prefix + name: self[name] for name in ("weight", "bias") if name in self}
 
 # %% ../nbs/04_base.ipynb #f729eee2
@@ -255,13 +257,15 @@ def __setstate__(self: _ConvNd, state):
         state = state | {"device": mx.Device(getattr(mx, kind), int(number))}
     self.__dict__.update(state)
 
-# %% ../nbs/04_base.ipynb #353f82d5
+# %% ../nbs/04_base.ipynb #3c963132
 @patch(as_prop=True)
 def _reversed_padding_repeated_twice(self: _ConvNd) -> list:
     "The padding as `functional.pad` takes it: two amounts per axis, the last axis first."
     kernel_size = tuple(as_int(k, "kernel_size") for k in as_tuple(self.kernel_size, 1))
     n = len(kernel_size)
-    if not isinstance(self.padding, str): pairs = [(p, p) for p in as_ints(self.padding, n, "padding")]
-    elif self.padding == "same": pairs = same_padding(kernel_size, as_ints(self.dilation, n, "dilation"))
-    else: pairs = [(0, 0)] * n
+    if is_one_of(self.padding, ("same",)):
+        pairs = same_padding(kernel_size, as_ints(self.dilation, n, "dilation"))
+    else:
+        padding = 0 if is_one_of(self.padding, ("valid",)) else self.padding
+        pairs = [(p, p) for p in as_ints(padding, n, "padding")]
     return [amount for pair in reversed(pairs) for amount in pair]

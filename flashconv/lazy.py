@@ -170,7 +170,7 @@ def _misfit(self: _Lazy, name, value):
         return (f"size mismatch for {name}: copying a param with shape {value.shape} from "
                 f"checkpoint, the shape in current model is {wanted}.")
 
-# %% ../nbs/07_lazy.ipynb #90c5cc14
+# %% ../nbs/07_lazy.ipynb #dfaf30af
 @patch
 def load_weights(
     self: _Lazy,
@@ -179,7 +179,11 @@ def load_weights(
 ):
     "`mlx.nn.Module.load_weights`, which makes the layer full."
     weights = file_or_weights
-    self.load_state_dict(mx.load(weights) if isinstance(weights, str) else dict(weights), strict)
+    try: state = mx.load(weights) if isinstance(weights, str) else dict(weights)
+    except (TypeError, ValueError) as error:
+        raise type(error)("file_or_weights must be a file, or a list of (name, array) pairs, but "
+                          f"got {type(weights).__name__}: {error}") from None
+    self.load_state_dict(state, strict)
     return self
 
 @patch
@@ -276,7 +280,7 @@ class LazyConvTranspose3d(_LazyConvTranspose, ConvTranspose3d):
     "`ConvTranspose3d` that takes `in_channels` from its first input."
     cls_to_become = ConvTranspose3d
 
-# %% ../nbs/07_lazy.ipynb #15871919
+# %% ../nbs/07_lazy.ipynb #f8cf9a3f
 def materialize(
     model: nn.Module,  # any module, with lazy layers somewhere in it or not
     *inputs,  # what to call it with: shapes count, values don't
@@ -287,6 +291,8 @@ def materialize(
     Running statistics and training modes stay as they were; a call that fails changes nothing.
     Raises `RuntimeError` naming the layers that the call did not reach.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an mlx.nn.Module, but got {type(model).__name__}")
     modes = [(module, module.training) for module in model.modules()]
     restores = [_snapshot(module) for module, _ in modes if isinstance(module, _Lazy)]
     model.eval()

@@ -26,9 +26,11 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn
+import mlx.utils
 import numpy as np
 
 import flashconv
+import flashconv.arithmetic
 from flashconv.lazy import UninitializedParameter
 
 try: import torch
@@ -222,10 +224,8 @@ def _attributes(name, n, mode, L):
             setattr(layer, attribute, value)
         return layer(L.ones(1, 4, *_sizes(n)))
     change_and_call.__signature__ = inspect.Signature(
-        [inspect.Parameter(a, inspect.Parameter.KEYWORD_ONLY) for a in ATTRIBUTES
-         if hasattr(flashconv.Conv1d(2, 2, 3), a)])
-    return change_and_call, {a: getattr(layer, a) for a in ATTRIBUTES
-                             if hasattr(layer, a)}, None
+        [inspect.Parameter(a, inspect.Parameter.KEYWORD_ONLY) for a in ATTRIBUTES])
+    return change_and_call, {a: getattr(layer, a) for a in ATTRIBUTES if hasattr(layer, a)}, None
 
 
 for n in (1, 2, 3):
@@ -244,6 +244,114 @@ subject("Conv", "Conv2d (changed, circular)")(partial(_attributes, "Conv2d", 2, 
 @subject("functions", "functional.pad", False)
 def _(L):
     return L.F.pad, dict(input=L.ones(1, 2, 6), pad=(1, 2), mode="constant", value=0.5), None
+
+
+# What PyTorch has not --------------------------------------------------------------------------
+
+def alone(group, name, /, **arguments):
+    "A public function and a call of it that works; arguments that have to be new each time are made."
+    module, _, function = name.rpartition(".")
+    call = getattr(importlib.import_module(f"flashconv.{module}".rstrip(".")), function)
+    def make(L):
+        made = {k: v() if isinstance(v, types.FunctionType) and k not in ("call", "plot") else v
+                for k, v in arguments.items()}
+        return call, made, None
+    return subject(group, name)(make)
+
+
+def _conv1d(): return flashconv.Conv1d(2, 4, 3, padding=1)
+
+
+alone("others", "arithmetic.effective_kernel_size", kernel_size=(3, 3), dilation=2)
+alone("others", "arithmetic.output_size", input_size=(8, 9), kernel_size=3, stride=2, padding=1,
+      dilation=1)
+alone("others", "arithmetic.transposed_output_size", input_size=(8, 9), kernel_size=3, stride=2,
+      padding=1, output_padding=1, dilation=1)
+alone("others", "arithmetic.output_padding_for", output_size=(16, 16), input_size=8, kernel_size=3,
+      stride=2, padding=1, dilation=1)
+alone("others", "arithmetic.same_padding", kernel_size=(3, 4), dilation=2)
+alone("others", "arithmetic.is_channels_last", data_format="channels_last")
+alone("others", "dilation.insert_zeros", x=lambda: mx.ones((2, 3)), steps={1: 2})
+alone("others", "dilation.coverage", kernel_sizes=[3, 3], dilations=[1, 2])
+alone("others", "blas.gflops", n=8)
+alone("others", "blas.use", library="off")
+alone("others", "algorithm", name="taps")
+alone("others", "explain", call=_conv1d(), input_shape=(1, 2, 8), dtype=mx.float32)
+alone("others", "tune", call=_conv1d(), input_shape=(1, 2, 8), dtype=mx.float32)
+alone("others", "lazy.UninitializedParameter", dtype=mx.float32)
+alone("others", "from_torch", layer=lambda: torch.nn.Conv1d(2, 4, 3) if torch else None,
+      data_format="channels_last")
+alone("others", "to_torch", layer=_conv1d)
+alone("others", "from_mlx", layer=lambda: mlx.nn.Conv1d(2, 4, 3))
+alone("others", "to_mlx", layer=_conv1d)
+alone("draw", "draw.window", layer_or_kernel_size=3, size=6, stride=1, padding=1, dilation=1,
+      output_padding=0, transposed=False, step=None, input=None)
+alone("draw", "draw.frames", layer_or_kernel_size=3, size=6, steps=(0, 1))
+alone("draw", "draw.animation", layer_or_kernel_size=3, size=4, seconds=0.5)
+alone("draw", "draw.matrix", layer_or_kernel=3, size=5)
+alone("draw", "draw.padding_modes", values=[1, 2, 3], padding=(1, 2))
+alone("draw", "draw.receptive_field", layers=[(3, 1, 1, 1)], axis=0)
+alone("draw", "draw.dilation_taps", kernel_size=3, dilations=(1, 2), stacked=False)
+alone("draw", "draw.groups", in_channels=4, out_channels=4, groups=2)
+alone("draw", "draw.overlap", layer_or_kernel_size=3, stride=1, size=4, padding=0, dilation=1,
+      output_padding=0)
+alone("draw", "draw.output_sizes", layer_or_kernel_size=3, stride=2, padding=0, dilation=1,
+      outputs=(3, 4))
+alone("draw", "draw.feature_maps", layer_or_output=_conv1d(), x=lambda: mx.ones((2, 6)), most=4)
+alone("draw", "draw.kernels", layer=_conv1d, most=4)
+alone("draw", "draw.figure", plot=lambda ax: ax.plot([1, 2]), width=3, height=2, alt="a line",
+      caption="", rows=1, columns=1, numbers=None)
+
+
+@subject("others", "arithmetic.receptive_field")
+def _(L):
+    def call(layer, axis): return flashconv.arithmetic.receptive_field(layer, axis=axis)
+    return call, dict(layer=_conv1d(), axis=0), None
+
+@subject("others", "arithmetic.receptive_field (attributes)")
+def _(L):
+    def call(kernel_size, stride, padding, dilation):
+        layer = types.SimpleNamespace(kernel_size=kernel_size, stride=stride, padding=padding,
+                                      dilation=dilation)
+        return flashconv.arithmetic.receptive_field(layer)
+    return call, dict(kernel_size=3, stride=1, padding=0, dilation=1), None
+
+@subject("others", "materialize")
+def _(L):
+    model = mlx.nn.Sequential(flashconv.LazyConv1d(4, 3))
+    def call(model, input): return flashconv.materialize(model, input)
+    return call, dict(model=model, input=mx.ones((1, 2, 8))), model.layers[0]
+
+
+def _method(kind, name, arguments):
+    def make(L):
+        layer = getattr(flashconv, kind)(*(() if kind.startswith("Lazy") else (2,)), 4, 3)
+        return getattr(layer, name), arguments(layer), layer
+    return subject("others", f"{kind}.{name}")(make)
+
+def _state(_): return {"weight": mx.ones((4, 2, 3)), "bias": mx.ones(4)}
+
+for kind in ("Conv1d", "LazyConv1d"):
+    _method(kind, "state_dict", lambda layer: dict(prefix="a."))
+    _method(kind, "load_state_dict", lambda layer: dict(state_dict=_state(layer), strict=True,
+                                                        assign=False))
+_method("LazyConv1d", "load_weights", lambda layer: dict(file_or_weights=list(_state(layer).items()),
+                                                         strict=True))
+_method("LazyConv1d", "initialize_parameters", lambda layer: dict(input=mx.ones((1, 2, 8))))
+_method("Conv1d", "_conv_forward", lambda layer: dict(input=mx.ones((1, 2, 8)), weight=layer.weight,
+                                                      bias=layer.bias))
+
+@subject("others", "_ConvNd")
+def _(L):
+    return flashconv._ConvNd, dict(
+        in_channels=4, out_channels=4, kernel_size=(3,), stride=(1,), padding=(0,), dilation=(1,),
+        transposed=False, output_padding=(0,), groups=1, bias=True, padding_mode="zeros"), None
+
+@subject("others", "_ConvTransposeNd")
+def _(L):
+    return flashconv._ConvTransposeNd, dict(
+        in_channels=4, out_channels=4, kernel_size=(3,), stride=(1,), padding=(0,), dilation=(1,),
+        transposed=True, output_padding=(0,), groups=1, bias=True, padding_mode="zeros"), None
 
 
 def main(group, only=()):
@@ -274,30 +382,36 @@ def run(name, make, only=()):
         theirs, given, _ = make(THEIRS)
         theirs(**given)
     parameters = inspect.signature(call).parameters
+    armed = 0
     found = dict(subject=name, cases=0, accepted={}, broken=[])
+    if hasattr(call, "__delwrap__"):  # what it hands on is seen to there
+        parameters = call.__code__.co_varnames[: call.__code__.co_argcount
+                                               + call.__code__.co_kwonlyargcount]
     for argument in parameters:
-        if argument in ("args", "kwargs"): continue
+        if argument in ("args", "kwargs", "self"): continue
         valid = arguments.get(argument)
         for value in [*VALUES, *(label for label, _ in near(valid, OURS))]:
+            if name in ALONE and isinstance(valid, bool) and value not in FLAGS: continue
             if only[1:] and argument != only[1] or only[2:] and value != only[2]: continue
             found["cases"] += 1
             print(f"{name} {argument}={value}", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback_later(SECONDS, exit=True)
             start = time.perf_counter()
+            if start > armed + 1:
+                armed = start
+                faulthandler.dump_traceback_later(SECONDS, exit=True)
             wrong, accepted, message = judge(name, make, argument, value)
             print(f"{time.perf_counter() - start:.3f} s", file=sys.stderr)
-            faulthandler.cancel_dump_traceback_later()
             if accepted: found["accepted"].setdefault(argument, []).append(value)
             for why in wrong: found["broken"].append(f"{argument}={value}: {why}")
             if only[1:]: print(argument, value, message)
+    faulthandler.cancel_dump_traceback_later()
     return found
 
 
 def attempt(L, make, argument, label):
     "The outcome of one case: a result or None, an error or None, whether the layer changed."
     call, arguments, layer = make(L)
-    values = {**VALUES, **{k: lambda L, v=v: v() for k, v in near(arguments.get(argument), L)}}
-    try: value = values[label](L)
+    try: value = VALUES[label](L) if label in VALUES else dict(near(arguments[argument], L))[label]()
     except Exception: return None, None, False  # there is no such value here
     before = None if layer is None else snapshot(layer)
     try:
@@ -340,7 +454,7 @@ def judge(name, make, argument, label):
 
 def compare(result, error, said, theirs, refused, known):
     "Where PyTorch decides otherwise, or refuses by another type of error."
-    if known or "please report a bug" in str(refused): return
+    if known or "please report a bug" in str(refused) or isinstance(refused, AssertionError): return
     if refused is None and error is None:
         if result.shape != tuple(theirs.shape):
             yield f"gives {result.shape}, PyTorch {tuple(theirs.shape)}"
@@ -352,6 +466,8 @@ def compare(result, error, said, theirs, refused, known):
 
 
 INCIDENTAL = "unpack|ambiguous|unhashable|getset_descriptor|must be a tuple"  # PyTorch's errors that come about by chance
+
+FLAGS = "None", "a string", "2.0", "()", "an array", "a NumPy array", "an object"  # enough there
 
 OUR_OWN = "device", "dtype", "data_format"  # MLX's, not PyTorch's, or not there
 
@@ -370,12 +486,19 @@ DIFFERENT = {  # what PyTorch decides otherwise, and why it is not followed
 }
 
 PHRASES = {  # how PyTorch, or MLX's limit, name an argument by what it does
-    "pad": "padding", "padding": "output size", "groups": "weight of size", "weight": "kernel size", "dilation": "kernel size",
+    "pad": "padding", "padding": "output size|kernel size", "groups": "weight of size", "weight": "kernel size", "dilation": "kernel size",
+    "layer_or_kernel_size": "kernel size|a transposed layer", "layer_or_kernel": "kernel size",
+    "layers": "kernel size|layer", "values": "input dimension", "dilations": "dilation",
+    "input_shape": "input|channels|padded input size", "size": "input", "kernel_sizes": "kernel size",
+    "dtype": "input type", "x": "input|channels|output", "plot": "axes", "steps": "step", "call": "input type", "layer_or_output": "output",
     "input": "in channels", "padding_mode": "mode",
     "in_channels": "weight of size|channels|negative dimension", "out_channels": "weight of size|negative dimension",
     "kernel_size": "padding|weight of size|kernel size|negative dimension",
 }
-ANY = "beyond what mlx can index", "uninitialized parameter"
+ANY = ("beyond what mlx can index", "uninitialized parameter", "axis must be", "possible here",
+       "loading state dict", "valid sizes range from", "steps must take axes", "spatial axes",
+       "ambiguous", "must span", "one dilation per layer", "padded input size",
+       "gives an output size", "integer is required", "only length 1 arrays", "to be drawn", "inches at most")
 
 
 def names(argument, message):
