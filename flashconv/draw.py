@@ -308,7 +308,7 @@ def _modes(values, before, after):
     return {name: np.array(pad(mx.array(values, mx.float32)[None], (before, after), mode)[0])
             for name, mode in names.items()}
 
-# %% ../nbs/09_draw.ipynb #d69d74a5
+# %% ../nbs/09_draw.ipynb #4e92cc25
 class _Layer(NamedTuple):
     "A layer in numbers, along one axis."
     kernel_size: int
@@ -318,6 +318,7 @@ class _Layer(NamedTuple):
 
 def _stack(layers, axis=0):
     "Layers, or numbers in their place, as `_Layer`s."
+    axis = as_int(axis, "axis")
     if not isinstance(layers, (list, tuple)): layers = [layers]
     if not layers: raise ValueError("at least one layer is needed, but got none")
     arithmetic.receptive_field(*(layer for layer in layers if hasattr(layer, "kernel_size")))
@@ -685,7 +686,7 @@ def _draw_kernels(sheet, kernels):
         roles = [[f"signed {round(4 * v / largest)}" for v in row] for row in kernel.tolist()]
         _grid(sheet, x, y, kernel, roles, edge, texts[i])
 
-# %% ../nbs/09_draw.ipynb #7f6a550e
+# %% ../nbs/09_draw.ipynb #05dd5abb
 def figure(
     plot,  # called with the axes, an array of them where there are several
     width: float = 6.0,  # in inches, 6 at most
@@ -700,7 +701,7 @@ def figure(
     "What a function draws on matplotlib axes, in the house style. ValueError for a larger picture."
     if not callable(plot): raise TypeError(f"plot must be callable, but got {plot!r}")
     for name, value, kind in (("width", width, Real), ("height", height, Real), ("alt", alt, str),
-                              ("caption", caption, str)):
+                              ("caption", caption, str), ("numbers", numbers or {}, dict)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be {kind.__name__}, but got {type(value).__name__}")
     if not 1 <= as_int(rows, "rows") * as_int(columns, "columns") <= 100 or rows < 1:

@@ -17,7 +17,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .padding import check_array
 from .transposed import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
-# %% ../nbs/07_lazy.ipynb #5829b525
+# %% ../nbs/07_lazy.ipynb #edce22ca
 class UninitializedParameter:
     "An array in waiting: it has a dtype, but neither shape nor values."
 
@@ -25,6 +25,8 @@ class UninitializedParameter:
         self,
         dtype: mx.Dtype = mx.float32,  # that the array will have
     ):
+        if not isinstance(dtype, mx.Dtype):
+            raise TypeError(f"dtype must be an mx.Dtype, but got {dtype!r}")
         self.dtype = dtype
 
     __class__ = property(lambda self: mx.array)
