@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose3d']
 
-# %% ../nbs/06_transposed.ipynb #f9e22388
+# %% ../nbs/06_transposed.ipynb #83797116
+from collections.abc import Sequence
+
 import mlx.core as mx
 from fastcore.basics import patch
 
@@ -83,7 +85,7 @@ class _ConvTranspose(_ConvTransposeNd):
                          output_padding, groups, bias, padding_mode, device, dtype,
                          data_format=data_format)
 
-# %% ../nbs/06_transposed.ipynb #8f9870b2
+# %% ../nbs/06_transposed.ipynb #d23fb62d
 @patch
 def _output_padding(
     self: _ConvTransposeNd,
@@ -98,7 +100,7 @@ def _output_padding(
     "The `output_padding` that gives `output_size`. ValueError says which sizes there are."
     n = num_spatial_dims
     if output_size is None: return as_tuple(self.output_padding, n)
-    if not isinstance(output_size, (tuple, list)) and getattr(output_size, "ndim", 0) != 1:
+    if not isinstance(output_size, Sequence) and getattr(output_size, "ndim", 0) != 1:
         raise TypeError("argument 'output_size' must be tuple of ints, not "
                         f"{type(output_size).__name__}")
     leading, given = input.ndim - n, len(output_size)
