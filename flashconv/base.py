@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['IncompatibleKeys']
 
-# %% ../nbs/04_base.ipynb #978b721c
+# %% ../nbs/04_base.ipynb #4cb49e1a
 import re
 from contextlib import nullcontext
 from math import prod, sqrt
-from operator import index
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from fastcore.basics import patch
 
-from .arithmetic import as_tuple, check_limit, is_channels_last, same_padding
+from .arithmetic import (
+    as_int, as_ints, as_tuple, check_limit, is_channels_last, is_one_of, same_padding)
 
-# %% ../nbs/04_base.ipynb #2d5e175a
+# %% ../nbs/04_base.ipynb #c2fd3d39
 class _ConvNd(nn.Module):
     """What every convolution layer is: a weight, perhaps a bias, and the numbers of the call.
 
@@ -45,11 +45,12 @@ class _ConvNd(nn.Module):
         *,
         data_format: str = "channels_first",  # or 'channels_last'
     ):
-        kernel_size = tuple(map(index, kernel_size))
-        in_channels, out_channels, groups = index(in_channels), index(out_channels), index(groups)
+        kernel_size = tuple(as_int(k, "kernel_size") for k in as_tuple(kernel_size, 1))
+        in_channels, out_channels, groups = (as_int(value, name) for value, name in (
+            (in_channels, "in_channels"), (out_channels, "out_channels"), (groups, "groups")))
         _check(in_channels, out_channels, groups, stride, padding, padding_mode)
         is_channels_last(data_format)
-        device, dtype = _device(device), _parameter_dtype(dtype)
+        bias, device, dtype = _flag(bias), _device(device), _parameter_dtype(dtype)
         super().__init__()
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
@@ -60,7 +61,7 @@ class _ConvNd(nn.Module):
             self.bias = mx.zeros((out_channels,), dtype) if bias else None
         self.reset_parameters()
 
-# %% ../nbs/04_base.ipynb #1159c0a8
+# %% ../nbs/04_base.ipynb #162d527b
 @patch
 def _weight_shape(self: _ConvNd, in_channels):
     first, second = in_channels, self.out_channels
@@ -70,9 +71,10 @@ def _weight_shape(self: _ConvNd, in_channels):
         raise RuntimeError(f"Trying to create tensor with negative dimension {min(shape)}: "
                            f"{list(shape)}")
     check_limit(shape)
+    check_limit((self.out_channels,))  # of the bias
     return shape
 
-# %% ../nbs/04_base.ipynb #4362a5ac
+# %% ../nbs/04_base.ipynb #80e25a8b
 _PADDINGS = ("same", "valid")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -90,12 +92,20 @@ def _check(in_channels, out_channels, groups, stride, padding, padding_mode):
     if isinstance(padding, str) and padding not in _PADDINGS:
         raise ValueError(f"Invalid padding string {padding!r}, should be one of "
                          f"{_listed(_PADDINGS)}")
-    if padding == "same" and any(s != 1 for s in stride):
+    if is_one_of(padding, ("same",)) and any(s != 1 for s in stride):
         raise ValueError("padding='same' is not supported for strided convolutions, but got "
                          f"stride={stride}")
-    if padding_mode not in _PADDING_MODES:
+    if not is_one_of(padding_mode, _PADDING_MODES):
         raise ValueError(f"padding_mode must be one of {_listed(_PADDING_MODES)}, but got "
                          f"padding_mode={padding_mode!r}")
+
+# %% ../nbs/04_base.ipynb #881be4d1
+def _flag(bias):
+    "Whether there is to be a bias. It is no place for the bias itself."
+    shape = getattr(bias, "shape", ())
+    if isinstance(shape, tuple) and shape:
+        raise TypeError(f"bias must be a bool, but got an array of shape {tuple(shape)}")
+    return bool(bias)
 
 # %% ../nbs/04_base.ipynb #ba8cb091
 def _device(device):
@@ -115,13 +125,15 @@ def _parameter_dtype(dtype):
                            f"gradients, but got dtype={dtype}")
     return dtype
 
-# %% ../nbs/04_base.ipynb #77ab4de0
+# %% ../nbs/04_base.ipynb #264907d1
 @patch
 def state_dict(
     self: _ConvNd,
     prefix: str = "",  # put in front of each name
 ) -> dict:  # name -> array: `weight`, and `bias` where there is one
     "The parameters by PyTorch's names. The arrays are the layer's own."
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a str, but got {type(prefix).__name__}")
     return {prefix + name: self[name] for name in ("weight", "bias") if name in self}
 
 # %% ../nbs/04_base.ipynb #f729eee2
@@ -148,11 +160,11 @@ def _draw(self: _ConvNd, parameters, weight_shape):
         drawn = {name: _uniform(*of, bound) for name, of in parameters.items()}
     for name, value in drawn.items(): self[name] = value
 
-# %% ../nbs/04_base.ipynb #c200ada9
+# %% ../nbs/04_base.ipynb #1076efce
 @patch
 def _on_device(self: _ConvNd):
     "The context in which this layer works."
-    return nullcontext() if self.device is None else mx.stream(self.device)
+    return nullcontext() if self.device is None else mx.stream(_device(self.device))
 
 # %% ../nbs/04_base.ipynb #58695dca
 @patch
@@ -245,12 +257,15 @@ def __setstate__(self: _ConvNd, state):
         state = state | {"device": mx.Device(getattr(mx, kind), int(number))}
     self.__dict__.update(state)
 
-# %% ../nbs/04_base.ipynb #1a895a49
+# %% ../nbs/04_base.ipynb #3c963132
 @patch(as_prop=True)
 def _reversed_padding_repeated_twice(self: _ConvNd) -> list:
     "The padding as `functional.pad` takes it: two amounts per axis, the last axis first."
-    n = len(self.kernel_size)
-    if self.padding == "valid": return [0] * 2 * n
-    if self.padding == "same": pairs = same_padding(self.kernel_size, as_tuple(self.dilation, n))
-    else: pairs = [(p, p) for p in as_tuple(self.padding, n)]
+    kernel_size = tuple(as_int(k, "kernel_size") for k in as_tuple(self.kernel_size, 1))
+    n = len(kernel_size)
+    if is_one_of(self.padding, ("same",)):
+        pairs = same_padding(kernel_size, as_ints(self.dilation, n, "dilation"))
+    else:
+        padding = 0 if is_one_of(self.padding, ("valid",)) else self.padding
+        pairs = [(p, p) for p in as_ints(padding, n, "padding")]
     return [amount for pair in reversed(pairs) for amount in pair]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gflops', 'use', 'fast', 'load', 'Info', 'info']
 
-# %% ../nbs/10_blas.ipynb #ca9de4f7
+# %% ../nbs/10_blas.ipynb #aeee72a6
 import os
 import struct
 import sys
@@ -21,11 +21,15 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-# %% ../nbs/10_blas.ipynb #cd6793d2
+from .arithmetic import as_int, check_limit
+
+# %% ../nbs/10_blas.ipynb #3f216ac1
 def gflops(
     n: int = 512,  # rows and columns of the matrices
 ) -> float:  # 1e9 operations a second
     "How fast MLX multiplies two n x n matrices of float32 on the CPU: the best of a few products."
+    check_limit((n := as_int(n, "n"), n))
+    if n < 1: raise ValueError(f"n must be at least 1, but got {n}")
     with mx.stream(mx.cpu):
         a, times = mx.ones((n, n)), []
         mx.eval(a @ a)
@@ -151,7 +155,7 @@ def _because(reason):
     global _reason
     _reason = reason
 
-# %% ../nbs/10_blas.ipynb #07d94b30
+# %% ../nbs/10_blas.ipynb #26310ca8
 def use(
     library: str,  # a path, a soname ("libopenblas.so.0"), or "off" for what MLX came with
 ) -> None:
@@ -160,6 +164,8 @@ def use(
     Raises `ValueError` naming a library that does not fit, with the ones here that do, and where
     there is no table to write to: on macOS, where MLX has Apple's.
     """
+    if not isinstance(library, str):
+        raise TypeError(f"library must be a str, but got {type(library).__name__}")
     if not _slots(): raise ValueError("MLX's BLAS can be replaced on Linux only")
     try: routines = _own() if library == "off" else _routines(library)
     except ValueError as error:

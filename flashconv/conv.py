@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Conv1d', 'Conv2d', 'Conv3d']
 
-# %% ../nbs/05_conv.ipynb #35e37af4
+# %% ../nbs/05_conv.ipynb #52a30e1a
 import mlx.core as mx
 from fastcore.basics import patch
 
 from . import functional
-from .arithmetic import as_tuple
+from .arithmetic import as_tuple, is_one_of
 from .base import _ConvNd
 
 # %% ../nbs/05_conv.ipynb #ff4e9adb
@@ -41,7 +41,7 @@ class _Conv(_ConvNd):
                          padding, as_tuple(dilation, n), False, (0,) * n, groups, bias,
                          padding_mode, device, dtype, data_format=data_format)
 
-# %% ../nbs/05_conv.ipynb #beda976b
+# %% ../nbs/05_conv.ipynb #691a6c38
 @patch
 def _conv_forward(
     self: _Conv,
@@ -52,7 +52,7 @@ def _conv_forward(
     "The layer with these parameters. Subclasses that transform the weight override it."
     conv = (functional.conv1d, functional.conv2d, functional.conv3d)[self.num_spatial_dims - 1]
     padding = self.padding
-    if self.padding_mode != "zeros":
+    if not is_one_of(self.padding_mode, ("zeros",)):
         input = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode,
                                data_format=self.data_format)
         padding = 0

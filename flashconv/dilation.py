@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['insert_zeros', 'coverage']
 
-# %% ../nbs/02_dilation.ipynb #afa2b305
+# %% ../nbs/02_dilation.ipynb #0e3ee0df
 import mlx.core as mx
 
-# %% ../nbs/02_dilation.ipynb #1deaa233
+from .arithmetic import as_int, effective_kernel_size
+from .padding import check_array
+
+# %% ../nbs/02_dilation.ipynb #c9799943
 def insert_zeros(
     x: mx.array,  # any shape
     steps: dict,  # axis -> distance that neighbouring values end up at; 1 changes nothing
 ) -> mx.array:  # `x`, with `steps[axis] - 1` zeros between neighbours
     "Spread `x` along some of its axes. Lazy, differentiable, and free of scatters."
-    for axis, step in steps.items():
+    check_array("insert_zeros", "x", x)
+    for axis, step in _steps(steps, x.ndim):
         n = x.shape[axis]
         if step == 1 or n == 1: continue
         x = mx.expand_dims(x, axis + 1)
@@ -23,15 +27,29 @@ def insert_zeros(
         x = x[(slice(None),) * axis + (slice(0, (n - 1) * step + 1),)]
     return x
 
-# %% ../nbs/02_dilation.ipynb #5b68378d
+# %% ../nbs/02_dilation.ipynb #fe1cf60a
+def _steps(steps, ndim):
+    "Pairs of an axis that there is and a step of at least 1."
+    if not isinstance(steps, dict):
+        raise TypeError(f"steps must be a dict, axis -> step, but got {type(steps).__name__}")
+    for axis, step in steps.items():
+        if not 0 <= as_int(axis, "steps") < ndim or as_int(step, "steps") < 1:
+            raise ValueError(f"steps must take axes from 0 to {ndim - 1} to steps of at least 1, "
+                             f"but got {steps}")
+    return steps.items()
+
+# %% ../nbs/02_dilation.ipynb #718732b4
 def coverage(
     kernel_sizes: list,  # taps of each layer, input side first
     dilations: list,  # dilation of each layer
 ) -> list:  # paths from each input of the receptive field to one output
     "How often each input counts in one output of stacked stride-1 layers. A zero is a blind spot."
+    kernel_sizes, dilations = _ints(kernel_sizes, "kernel_sizes"), _ints(dilations, "dilations")
     if len(kernel_sizes) != len(dilations):
         raise ValueError(f"one dilation per layer is needed, but got {len(kernel_sizes)} kernel "
                          f"sizes and {len(dilations)} dilations")
+    if (size := sum(effective_kernel_size(tuple(kernel_sizes), tuple(dilations)))) > 2**14:
+        raise ValueError(f"kernel_sizes and dilations must span {2**14} inputs at most, not {size}")
     paths = [1]
     for k, d in zip(kernel_sizes, dilations):
         wider = [0] * (len(paths) + d * (k - 1))
@@ -39,3 +57,9 @@ def coverage(
             for i, count in enumerate(paths): wider[i + tap * d] += count
         paths = wider
     return paths
+
+# %% ../nbs/02_dilation.ipynb #85990914
+def _ints(values, name):
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a list of ints, but got {type(values).__name__}")
+    return [as_int(value, name) for value in values]

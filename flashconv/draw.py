@@ -7,7 +7,7 @@ __all__ = ['BLUE', 'ORANGE', 'CYAN', 'INK', 'GREY', 'PAPER', 'WIDTH', 'HEIGHT', 
            'animation', 'matrix', 'padding_modes', 'receptive_field', 'dilation_taps', 'groups', 'overlap',
            'output_sizes', 'feature_maps', 'kernels', 'figure']
 
-# %% ../nbs/09_draw.ipynb #f5c17267
+# %% ../nbs/09_draw.ipynb #939069f4
 import base64
 import re
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from functools import lru_cache
 from html import escape
 from io import BytesIO
 from math import ceil, prod
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from matplotlib.textpath import TextPath
 from PIL import Image
 
 from . import arithmetic, functional
-from .arithmetic import as_ints
+from .arithmetic import as_int, as_ints
 from .base import _ConvNd
 from .conv import Conv1d
 from .dilation import coverage
@@ -100,16 +101,14 @@ def _window(case, step):
     alt = f"{_about(case)} With its taps in orange: {_about_step(case, step)}."
     return _picture(sheet, alt, _caption(case), **_numbers(case, step))
 
-# %% ../nbs/09_draw.ipynb #f149a72c
+# %% ../nbs/09_draw.ipynb #d12b8b74
 def _step(case, step):
     "A step that exists."
     steps = prod(_places(case))
     if step is None: return steps // 2
-    if isinstance(step, bool) or not hasattr(step, "__index__"):
-        raise TypeError(f"step must be an int, but got {step!r}")
-    if not 0 <= step < steps:
+    if not 0 <= as_int(step, "step") < steps:
         raise ValueError(f"step must be from 0 to {steps - 1}, but got {step}")
-    return int(step)
+    return as_int(step, "step")
 
 def _numbers(case, step):
     "What is drawn."
@@ -160,7 +159,7 @@ def _small(case):
     return (wide, first[0] + second[0] + 0.5, ((wide - first[1]) / 2, 0),
             ((wide - second[1]) / 2, first[0] + 0.5))
 
-# %% ../nbs/09_draw.ipynb #5b69a0fc
+# %% ../nbs/09_draw.ipynb #31bf140a
 @delegates(window, but=["step"])
 def frames(
     layer_or_kernel_size,  # a layer; or taps, an int or a tuple; or weights, a list or an array
@@ -173,6 +172,8 @@ def frames(
     case, sheet = _case(layer_or_kernel_size, size, **kwargs), _Sheet()
     last = prod(_places(case)) - 1
     if steps is None: steps = sorted({0, min(1, last), min(2, last), last})
+    if not isinstance(steps, (tuple, list)):
+        raise TypeError(f"steps must be a tuple of ints, but got {type(steps).__name__}")
     if not steps: raise ValueError(f"steps must name at least one place, but got {steps!r}")
     _draw_frames(sheet, case, steps := [_step(case, step) for step in steps])
     alt = (f"{_about(case)} {len(steps)} frames, each with its taps in orange: "
@@ -198,7 +199,7 @@ def _frame_edge(columns, count, wide, high):
     rows = ceil(count / columns)
     return _edge(wide * columns, high * rows, WIDTH - 0.3 * (columns - 1), HEIGHT - 0.22 * rows)
 
-# %% ../nbs/09_draw.ipynb #feca5e4e
+# %% ../nbs/09_draw.ipynb #309a6e2f
 @delegates(window, but=["step"])
 def animation(
     layer_or_kernel_size,  # a layer; or taps, an int or a tuple; or weights, a list or an array
@@ -209,7 +210,9 @@ def animation(
 ) -> Picture:  # an animated GIF
     "All steps of a convolution, one after the other. Raises what `window` raises."
     case = _case(layer_or_kernel_size, size, **kwargs)
-    if not seconds > 0: raise ValueError(f"seconds must be above 0, but got {seconds}")
+    if not isinstance(seconds, (int, float)):
+        raise TypeError(f"seconds must be a number, but got {type(seconds).__name__}")
+    if not 0 < seconds <= 600: raise ValueError(f"seconds must be above 0 and at most 600, but got {seconds}")
     sheets = [_Sheet() for _ in range(prod(_places(case)))]
     for step, sheet in enumerate(sheets): _draw_window(sheet, case, step)
     boxes = np.array([sheet.box for sheet in sheets])
@@ -305,7 +308,7 @@ def _modes(values, before, after):
     return {name: np.array(pad(mx.array(values, mx.float32)[None], (before, after), mode)[0])
             for name, mode in names.items()}
 
-# %% ../nbs/09_draw.ipynb #7bc8dbdc
+# %% ../nbs/09_draw.ipynb #4e92cc25
 class _Layer(NamedTuple):
     "A layer in numbers, along one axis."
     kernel_size: int
@@ -315,6 +318,7 @@ class _Layer(NamedTuple):
 
 def _stack(layers, axis=0):
     "Layers, or numbers in their place, as `_Layer`s."
+    axis = as_int(axis, "axis")
     if not isinstance(layers, (list, tuple)): layers = [layers]
     if not layers: raise ValueError("at least one layer is needed, but got none")
     arithmetic.receptive_field(*(layer for layer in layers if hasattr(layer, "kernel_size")))
@@ -322,7 +326,7 @@ def _stack(layers, axis=0):
              if hasattr(layer, "kernel_size") else
              _Layer(*layer) if isinstance(layer, (list, tuple)) else _Layer(layer)
              for layer in layers]
-    for layer in stack: arithmetic.output_size(2**30, *layer)
+    for layer in stack: arithmetic.output_size(_MOST, *layer)
     return stack
 
 # %% ../nbs/09_draw.ipynb #6a68cd5d
@@ -338,12 +342,13 @@ def _paths(stack):
         lines.insert(0, links)
     return levels, lines
 
-# %% ../nbs/09_draw.ipynb #60f365b9
+# %% ../nbs/09_draw.ipynb #14815c13
 def _draw_cone(sheet, stack, text):
     "Levels as rows, the input on top; each cell in the middle of the inputs it depends on."
-    levels, lines = _paths(stack)
-    fields = [arithmetic.receptive_field(*stack[:i]) for i in range(len(levels))]
+    fields = [arithmetic.receptive_field(*stack[:i]) for i in range(len(stack) + 1)]
     size, _, start = fields[-1]
+    _check_drawable("layers must have a field that", (size,))
+    levels, lines = _paths(stack)
     edge = _edge(size, 1.8 * len(stack) + 1, WIDTH - 1.2)
     def corner(level, place):
         field = fields[level]
@@ -393,7 +398,7 @@ def receptive_field(
     return _picture(sheet, alt, f"A receptive field of {seen.size} inputs, jump {seen.jump}",
                     size=seen.size, jump=seen.jump, start=seen.start, used=list(used))
 
-# %% ../nbs/09_draw.ipynb #a0938681
+# %% ../nbs/09_draw.ipynb #84a248f2
 def dilation_taps(
     kernel_size,  # taps; or a layer; or a list of either, with `stacked`
     dilations: tuple | None = None,  # one for each strip, or for each layer of a stack
@@ -406,11 +411,15 @@ def dilation_taps(
     to the output. `ValueError` unless there is one dilation per layer of stride 1.
     """
     kernels = list(kernel_size) if isinstance(kernel_size, (list, tuple)) else [kernel_size]
+    if not kernels: raise ValueError("kernel_size must name at least one kernel, but got none")
     if hasattr(kernels[0], "kernel_size"):
         dilations = [arithmetic._along(layer.dilation, 0) for layer in kernels]
         kernels = [arithmetic._along(layer.kernel_size, 0) for layer in kernels]
     elif dilations is None: dilations = (1, 2, 3)
     dilations = list(dilations) if isinstance(dilations, (list, tuple)) else [dilations]
+    if not dilations: raise ValueError("dilations must name at least one, but got none")
+    kernels = [as_int(k, "kernel_size") for k in kernels]
+    dilations = [as_int(d, "dilations") for d in dilations]
     if len(kernels) == 1: kernels *= len(dilations)
     return (_gridding if stacked else _strips)(kernels, dilations)
 
@@ -443,7 +452,7 @@ def _gridding(kernels, dilations):
     return _picture(sheet, alt, f"Paths to one output, dilations {', '.join(map(str, dilations))}",
                     paths=paths)
 
-# %% ../nbs/09_draw.ipynb #b3026831
+# %% ../nbs/09_draw.ipynb #24b3465d
 def groups(
     in_channels,  # channels of the input; or a layer, which has all three
     out_channels: int | None = None,  # channels of the output
@@ -454,6 +463,7 @@ def groups(
         layer = in_channels
         in_channels, out_channels, groups = layer.in_channels, layer.out_channels, layer.groups
     probe, sheet = Conv1d(in_channels, out_channels, 1, groups=groups, bias=False), _Sheet()
+    _check_drawable("in_channels and out_channels", (in_channels, out_channels))
     probe.weight = mx.ones_like(probe.weight)
     feeds = np.array(probe(mx.eye(in_channels)[..., None])[..., 0]) != 0
     _draw_groups(sheet, feeds, groups)
@@ -531,7 +541,7 @@ def _draw_counts(sheet, case, y=0, edge=None):
     _grid(sheet, 0, y, counts, np.where(inside, shades, "padding"), edge,
           np.where(inside, _texts(counts, edge), ""))
 
-# %% ../nbs/09_draw.ipynb #31ddbd96
+# %% ../nbs/09_draw.ipynb #fed349b8
 def output_sizes(
     layer_or_kernel_size,  # a layer, or taps
     stride: int = 2,  # step between windows
@@ -546,6 +556,10 @@ def output_sizes(
     if isinstance(layer_or_kernel_size, _ConvNd):
         given = (arithmetic._along(getattr(layer_or_kernel_size, name), 0) for name in names)
     k, s, p, d = (as_ints(value, 1, name)[0] for value, name in zip(given, names))
+    for name, value in zip(names, (k, s, p, d)): _check_drawable(name, (value,))
+    outputs = as_ints(outputs, len(outputs) if isinstance(outputs, (tuple, list)) else 1, "outputs")
+    if not outputs: raise ValueError("outputs must name at least one size, but got ()")
+    _check_drawable("outputs", outputs)
     ways = [way for output in outputs for way in _ways(output, k, s, p, d)]
     return _draw_sizes(ways, f"kernel {k}, stride {s}, padding {p}, dilation {d}")
 
@@ -597,9 +611,11 @@ def feature_maps(
     caption = f"{len(shown)} of {len(maps)} feature maps"
     with _house(): return Picture(_svg(_images(shown), alt, caption), alt, caption, {"maps": shown})
 
-# %% ../nbs/09_draw.ipynb #e4621bf4
+# %% ../nbs/09_draw.ipynb #c466e531
 def _maps(layer, x):
     "What a layer gives, or gave, as (channels, height, width)."
+    if x is not None and not callable(layer):
+        raise TypeError(f"layer_or_output must be a layer for x, but got {type(layer).__name__}")
     maps, axes = _array("the output", layer if x is None else layer(x)), 2
     if isinstance(layer, _ConvNd): axes = len(layer.kernel_size)
     if maps.ndim == axes + 2 and len(maps) == 1: maps = maps[0]
@@ -609,9 +625,9 @@ def _maps(layer, x):
     raise ValueError("(channels, height, width) or (channels, length) can be drawn, but got an "
                      f"output of shape {maps.shape}")
 
-# %% ../nbs/09_draw.ipynb #fa99b25a
+# %% ../nbs/09_draw.ipynb #9c8d3b8c
 def _first(all, most):
-    if most < 1: raise ValueError(f"most must be at least 1, but got {most}")
+    if as_int(most, "most") < 1: raise ValueError(f"most must be at least 1, but got {most}")
     return all[:most]
 
 # %% ../nbs/09_draw.ipynb #18a2ef32
@@ -670,7 +686,7 @@ def _draw_kernels(sheet, kernels):
         roles = [[f"signed {round(4 * v / largest)}" for v in row] for row in kernel.tolist()]
         _grid(sheet, x, y, kernel, roles, edge, texts[i])
 
-# %% ../nbs/09_draw.ipynb #d2383f0b
+# %% ../nbs/09_draw.ipynb #05dd5abb
 def figure(
     plot,  # called with the axes, an array of them where there are several
     width: float = 6.0,  # in inches, 6 at most
@@ -683,6 +699,13 @@ def figure(
     numbers: dict | None = None,  # to keep with the picture, by name
 ) -> Picture:
     "What a function draws on matplotlib axes, in the house style. ValueError for a larger picture."
+    if not callable(plot): raise TypeError(f"plot must be callable, but got {plot!r}")
+    for name, value, kind in (("width", width, Real), ("height", height, Real), ("alt", alt, str),
+                              ("caption", caption, str), ("numbers", numbers or {}, dict)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {kind.__name__}, but got {type(value).__name__}")
+    if not 1 <= as_int(rows, "rows") * as_int(columns, "columns") <= 100 or rows < 1:
+        raise ValueError(f"rows and columns must give 1 to 100 axes, but got {rows} x {columns}")
     if not (0 < width <= WIDTH and 0 < height <= HEIGHT):
         raise ValueError(f"a picture has {WIDTH} x {HEIGHT} inches at most, but got {width} x "
                          f"{height}")
@@ -708,11 +731,11 @@ class _Case:
     output: np.ndarray  # what the layer gives
     longer: np.ndarray  # the padded input, or the transposed output before its ends are cut off
 
-# %% ../nbs/09_draw.ipynb #0e416dd0
+# %% ../nbs/09_draw.ipynb #ac8a8c88
 def _case(what, size=None, stride=1, padding=0, dilation=1, output_padding=0, transposed=False,
           input=None):
     "Read off a layer, or make up, one kernel, and run it."
-    bias, mode, is_layer = 0.0, "zeros", isinstance(what, _ConvNd)
+    bias, mode, is_layer, transposed = 0.0, "zeros", isinstance(what, _ConvNd), bool(transposed)
     if is_layer:
         stride, padding, dilation, mode = (
             getattr(what, name) for name in ("stride", "padding", "dilation", "padding_mode"))
@@ -725,6 +748,9 @@ def _case(what, size=None, stride=1, padding=0, dilation=1, output_padding=0, tr
     stride, dilation, output_padding = (as_ints(value, n, name) for value, name in (
         (stride, "stride"), (dilation, "dilation"), (output_padding, "output_padding")))
     if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
+    for name, value in (("stride", stride), ("dilation", dilation), ("padding", padding),
+                        ("output_padding", output_padding)):
+        if not isinstance(value, str): _check_drawable(name, value)
     return _run(kernel, bias, x, stride, padding, dilation, output_padding, transposed, mode)
 
 # %% ../nbs/09_draw.ipynb #56217d0f
@@ -735,13 +761,13 @@ def _array(name, values):
         raise TypeError(f"{name} must be real numbers, but got {values.dtype}")
     return values.astype(np.float64)
 
-# %% ../nbs/09_draw.ipynb #6fc4de18
+# %% ../nbs/09_draw.ipynb #f1f6bcfd
 def _axes(what, size, input):
     "The number of axes. ValueError for any but 1 and 2."
     if isinstance(what, _ConvNd): n = len(what.kernel_size)
     elif isinstance(what, (list, np.ndarray, mx.array)): n = _array("kernel", what).ndim
     elif isinstance(what, tuple): n = len(what)
-    elif input is not None: n = np.ndim(input)
+    elif input is not None: n = _array("input", input).ndim
     elif size is None: raise TypeError("a size or an input is needed, but got neither")
     else: n = len(size) if isinstance(size, (tuple, list)) else 1
     if n not in (1, 2): raise ValueError(f"1 or 2 spatial axes can be drawn, but got {n}")
@@ -752,10 +778,18 @@ def _kernel(what, n):
     if isinstance(what, (list, np.ndarray, mx.array)): return _array("kernel", what)
     return _made_up(as_ints(what, n, "kernel_size"), "kernel_size", 2)
 
-# %% ../nbs/09_draw.ipynb #04699c3c
+# %% ../nbs/09_draw.ipynb #ac6b63d2
+_MOST = 1000  # cells along an axis, far more than fit
+
+def _check_drawable(name, numbers):
+    if max(numbers, default=0) > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST} to be drawn, but got {numbers}")
+
+# %% ../nbs/09_draw.ipynb #70f38888
 def _made_up(shape, name, top=4):
     "Values for an array of one or two axes."
     if min(shape) < 1: raise ValueError(f"{name} must be at least 1, but got {shape}")
+    _check_drawable(name, shape)
     if len(shape) == 1: return np.arange(1.0, shape[0] + 1)
     rows, columns = np.indices(shape)
     return (3 * rows + columns) % top + 1.0

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d', 'pad']
 
-# %% ../nbs/03_functional.ipynb #49366608
+# %% ../nbs/03_functional.ipynb #d12fb644
 import mlx.core as mx
 
 from .algorithms.derivatives import add_bias, convolve
-from .arithmetic import as_ints, conv_geometry, is_channels_last
+from .arithmetic import as_int, as_ints, conv_geometry, is_channels_last
 from .padding import check_array, pad
 
 # %% ../nbs/03_functional.ipynb #f0228fcf
@@ -27,7 +27,7 @@ def _check_dtypes(name, input, weight, bias):
         raise NotImplementedError(f'"{name}" not implemented for {_dtype_name(input.dtype)!r}, '
                                   f"but for {', '.join(map(_dtype_name, _DTYPES))}")
 
-# %% ../nbs/03_functional.ipynb #74b7ddf9
+# %% ../nbs/03_functional.ipynb #45708eb6
 def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups, data_format,
                  output_padding=None):
     "What all six functions do: check, then run. `output_padding` marks a transposed one."
@@ -36,11 +36,9 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     if bias is not None: check_array(name, "bias", bias)
     channels_last = is_channels_last(data_format)
     if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
-    if isinstance(groups, (tuple, list)):
-        raise TypeError(f"{name}(): argument 'groups' must be int, not {type(groups).__name__}")
     g = conv_geometry(name, input.shape, weight.shape, None if bias is None else bias.shape,
                       as_ints(stride, n, "stride"), padding, as_ints(dilation, n, "dilation"),
-                      as_ints(groups, 1, "groups")[0], output_padding, channels_last)
+                      as_int(groups, "groups"), output_padding, channels_last)
     _check_dtypes(name, input, weight, bias)
     batched = input.ndim == n + 2
     if input.size == 0:

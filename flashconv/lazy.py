@@ -6,19 +6,18 @@
 __all__ = ['UninitializedParameter', 'LazyConv1d', 'LazyConv2d', 'LazyConv3d', 'LazyConvTranspose1d', 'LazyConvTranspose2d',
            'LazyConvTranspose3d', 'materialize']
 
-# %% ../nbs/07_lazy.ipynb #b99f4123
-from operator import index
-
+# %% ../nbs/07_lazy.ipynb #ee75971d
 import mlx.core as mx
 import mlx.nn as nn
 from fastcore.basics import patch
 
-from .base import _ConvNd
+from .arithmetic import as_int
+from .base import _ConvNd, _flag
 from .conv import Conv1d, Conv2d, Conv3d
 from .padding import check_array
 from .transposed import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
-# %% ../nbs/07_lazy.ipynb #5829b525
+# %% ../nbs/07_lazy.ipynb #edce22ca
 class UninitializedParameter:
     "An array in waiting: it has a dtype, but neither shape nor values."
 
@@ -26,6 +25,8 @@ class UninitializedParameter:
         self,
         dtype: mx.Dtype = mx.float32,  # that the array will have
     ):
+        if not isinstance(dtype, mx.Dtype):
+            raise TypeError(f"dtype must be an mx.Dtype, but got {dtype!r}")
         self.dtype = dtype
 
     __class__ = property(lambda self: mx.array)
@@ -173,7 +174,7 @@ def _misfit(self: _Lazy, name, value):
         return (f"size mismatch for {name}: copying a param with shape {value.shape} from "
                 f"checkpoint, the shape in current model is {wanted}.")
 
-# %% ../nbs/07_lazy.ipynb #90c5cc14
+# %% ../nbs/07_lazy.ipynb #dfaf30af
 @patch
 def load_weights(
     self: _Lazy,
@@ -182,7 +183,11 @@ def load_weights(
 ):
     "`mlx.nn.Module.load_weights`, which makes the layer full."
     weights = file_or_weights
-    self.load_state_dict(mx.load(weights) if isinstance(weights, str) else dict(weights), strict)
+    try: state = mx.load(weights) if isinstance(weights, str) else dict(weights)
+    except (TypeError, ValueError) as error:
+        raise type(error)("file_or_weights must be a file, or a list of (name, array) pairs, but "
+                          f"got {type(weights).__name__}: {error}") from None
+    self.load_state_dict(state, strict)
     return self
 
 @patch
@@ -198,13 +203,13 @@ def _rebuild(cls, items, state):
     layer.__setstate__(state)
     return layer
 
-# %% ../nbs/07_lazy.ipynb #39d553e9
+# %% ../nbs/07_lazy.ipynb #150ada21
 @patch
 def _start(self: _Lazy, out_channels, bias):
     "Take back the empty parameters that the full layer's constructor made."
-    self.out_channels, dtype = index(out_channels), self.weight.dtype
+    self.out_channels, dtype = as_int(out_channels, "out_channels"), self.weight.dtype
     self.weight = UninitializedParameter(dtype)
-    if bias: self.bias = UninitializedParameter(dtype)
+    if _flag(bias): self.bias = UninitializedParameter(dtype)
 
 # %% ../nbs/07_lazy.ipynb #4a71a1a7
 class _LazyConv(_Lazy):
@@ -279,7 +284,7 @@ class LazyConvTranspose3d(_LazyConvTranspose, ConvTranspose3d):
     "`ConvTranspose3d` that takes `in_channels` from its first input."
     cls_to_become = ConvTranspose3d
 
-# %% ../nbs/07_lazy.ipynb #15871919
+# %% ../nbs/07_lazy.ipynb #f8cf9a3f
 def materialize(
     model: nn.Module,  # any module, with lazy layers somewhere in it or not
     *inputs,  # what to call it with: shapes count, values don't
@@ -290,6 +295,8 @@ def materialize(
     Running statistics and training modes stay as they were; a call that fails changes nothing.
     Raises `RuntimeError` naming the layers that the call did not reach.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an mlx.nn.Module, but got {type(model).__name__}")
     modes = [(module, module.training) for module in model.modules()]
     restores = [_snapshot(module) for module, _ in modes if isinstance(module, _Lazy)]
     model.eval()

@@ -5,7 +5,10 @@
 # %% auto #0
 __all__ = ['flip', 'pad_axes', 'check_array', 'pad']
 
-# %% ../nbs/01_padding.ipynb #3eaeb1b1
+# %% ../nbs/01_padding.ipynb #6fd625b1
+from math import inf
+from numbers import Real
+
 import mlx.core as mx
 
 from .arithmetic import as_ints, check_limit, is_channels_last
@@ -65,7 +68,7 @@ def pad_axes(
     grow = [tuple(max(a, 0) for a in amounts.get(axis, (0, 0))) for axis in range(x.ndim)]
     return mx.pad(x, grow, constant_values=mx.array(value, x.dtype)) if any(map(any, grow)) else x
 
-# %% ../nbs/01_padding.ipynb #d31bc0ad
+# %% ../nbs/01_padding.ipynb #ff8ca9f2
 _MODES = ("constant", "reflect", "replicate", "circular")
 
 def _check_pad(shape, amounts, mode, value):
@@ -76,6 +79,8 @@ def _check_pad(shape, amounts, mode, value):
         raise RuntimeError("Padding length should be less than or equal to two times the input "
                            f"dimension but got padding length {2 * axes} and input of dimension "
                            f"{n}")
+    if not isinstance(mode, str):
+        raise TypeError(f"pad(): argument 'mode' must be str, not {type(mode).__name__}")
     if mode not in _MODES:
         raise NotImplementedError(f"Unrecognised padding mode {mode}, should be one of {_MODES}")
     if mode == "constant": return
@@ -118,7 +123,7 @@ def check_array(
         raise TypeError(f"{function}(): argument '{argument}' must be mlx.core.array, not "
                         f"{type(value).__name__}; mx.array(...) converts numbers, lists and NumPy")
 
-# %% ../nbs/01_padding.ipynb #f6d25494
+# %% ../nbs/01_padding.ipynb #8cfeac2b
 def pad(
     input: mx.array,  # any shape for a constant, else (C, *spatial) or (N, C, *spatial)
     pad: tuple,  # two amounts per axis, the last axis first; a negative amount crops
@@ -135,13 +140,12 @@ def pad(
     """
     check_array("pad", "input", input)
     amounts = _amounts(pad)
-    if not isinstance(value, (int, float, type(None))):
-        raise TypeError(f"pad(): argument 'value' must be float, not {type(value).__name__}")
+    value = _constant(value, input.dtype)
     last = is_channels_last(data_format)
     _check_pad(input.shape, amounts, mode, value)
     by_axis = _by_axis(input.shape, amounts, last)
     for axis, amount in by_axis.items(): _check_axis(input.shape, axis, *amount, mode)
-    return pad_axes(input, by_axis, mode, value or 0)
+    return pad_axes(input, by_axis, mode, value)
 
 # %% ../nbs/01_padding.ipynb #1383811a
 def _amounts(pad):
@@ -149,6 +153,21 @@ def _amounts(pad):
     if not isinstance(pad, (tuple, list)):
         raise TypeError(f"pad(): argument 'pad' must be tuple of ints, not {type(pad).__name__}")
     return as_ints(pad, len(pad), "pad") if pad else ()
+
+# %% ../nbs/01_padding.ipynb #c8bf3dbb
+def _constant(value, dtype):
+    "The value to pad with as a number of `dtype`."
+    if value is None: return 0
+    if not isinstance(value, Real):
+        raise TypeError(f"pad(): argument 'value' must be float, not {type(value).__name__}")
+    if dtype == mx.bool_: return bool(value)
+    inexact = mx.issubdtype(dtype, mx.inexact)
+    limits = (mx.finfo if inexact else mx.iinfo)(dtype)
+    if not (limits.min <= value <= limits.max or inexact and value in (inf, -inf)
+            or inexact and value != value):
+        raise RuntimeError(f"value cannot be converted to type {dtype} without overflow, but got "
+                           f"value={value}")
+    return (float if inexact else int)(value)
 
 # %% ../nbs/01_padding.ipynb #b1a979e7
 def _by_axis(shape, amounts, channels_last):

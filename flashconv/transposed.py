@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose3d']
 
-# %% ../nbs/06_transposed.ipynb #3916bbdf
+# %% ../nbs/06_transposed.ipynb #83797116
+from collections.abc import Sequence
+
 import mlx.core as mx
 from fastcore.basics import patch
 
 from . import functional
-from .arithmetic import as_ints, as_tuple, transposed_output_size
+from .arithmetic import as_ints, as_tuple, is_one_of, transposed_output_size
 from .base import _ConvNd
 from .padding import check_array
 
-# %% ../nbs/06_transposed.ipynb #03714b28
+# %% ../nbs/06_transposed.ipynb #213cf011
 class _ConvTransposeNd(_ConvNd):
     """What every transposed layer is: a base layer that pads with zeros only.
 
@@ -40,12 +42,15 @@ class _ConvTransposeNd(_ConvNd):
         *,
         data_format: str = "channels_first",  # 'channels_last': (N, *spatial, channels)
     ):
-        if padding_mode != "zeros":
-            raise ValueError('Only "zeros" padding mode is supported for '
-                             f"{type(self).__name__}, but got padding_mode={padding_mode!r}")
+        self._check_padding_mode(padding_mode)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation,
                          transposed, output_padding, groups, bias, padding_mode, device, dtype,
                          data_format=data_format)
+
+    def _check_padding_mode(self, padding_mode):
+        if is_one_of(padding_mode, ("zeros",)): return
+        raise ValueError('Only "zeros" padding mode is supported for '
+                         f"{type(self).__name__}, but got padding_mode={padding_mode!r}")
 
 # %% ../nbs/06_transposed.ipynb #8191109b
 class _ConvTranspose(_ConvTransposeNd):
@@ -80,7 +85,7 @@ class _ConvTranspose(_ConvTransposeNd):
                          output_padding, groups, bias, padding_mode, device, dtype,
                          data_format=data_format)
 
-# %% ../nbs/06_transposed.ipynb #65441666
+# %% ../nbs/06_transposed.ipynb #d23fb62d
 @patch
 def _output_padding(
     self: _ConvTransposeNd,
@@ -95,8 +100,10 @@ def _output_padding(
     "The `output_padding` that gives `output_size`. ValueError says which sizes there are."
     n = num_spatial_dims
     if output_size is None: return as_tuple(self.output_padding, n)
-    leading = input.ndim - n
-    given = len(output_size)
+    if not isinstance(output_size, Sequence) and getattr(output_size, "ndim", 0) != 1:
+        raise TypeError("argument 'output_size' must be tuple of ints, not "
+                        f"{type(output_size).__name__}")
+    leading, given = input.ndim - n, len(output_size)
     if given not in (n, n + leading):
         raise ValueError(f"ConvTranspose{n}D: for {input.ndim}D input, output_size must have {n} "
                          f"or {n + leading} elements (got {given})")
@@ -111,7 +118,7 @@ def _output_padding(
                          f"{list(smallest)} to {list(largest)} (for an input of {list(spatial)})")
     return tuple(size - lo for size, lo in zip(wanted, smallest))
 
-# %% ../nbs/06_transposed.ipynb #c9535387
+# %% ../nbs/06_transposed.ipynb #9b1b1342
 @patch
 def __call__(
     self: _ConvTranspose,
@@ -122,6 +129,7 @@ def __call__(
     n = self.num_spatial_dims
     conv = (functional.conv_transpose1d, functional.conv_transpose2d,
             functional.conv_transpose3d)[n - 1]
+    self._check_padding_mode(self.padding_mode)
     check_array(type(self).__name__, "input", input)
     stride, padding, dilation = (as_tuple(value, n)
                                  for value in (self.stride, self.padding, self.dilation))

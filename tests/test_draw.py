@@ -330,7 +330,7 @@ def test_kernels():
      lambda: draw.window("3", 5)),
     (TypeError, "argument 'size' must be tuple of ints, not float", lambda: draw.window(3, 5.0)),
     (TypeError, "input must be real numbers", lambda: draw.window(1, input=["a"])),
-    (TypeError, "step must be an int, but got 1.0", lambda: draw.window(3, 5, step=1.0)),
+    (TypeError, "argument 'step' must be int, not float", lambda: draw.window(3, 5, step=1.0)),
     (ValueError, "step must be from 0 to 2, but got -1", lambda: draw.window(3, 5, step=-1)),
     (ValueError, "size must be at least 1", lambda: draw.window(1, 0)),
     (ValueError, "kernel_size must be at least 1", lambda: draw.window(0, 5)),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'possible', 'algorithm', 'choose', 'choose_and_say_why']
 
-# %% ../../nbs/algorithms/choice.ipynb #b7ee542f
+# %% ../../nbs/algorithms/choice.ipynb #aa00343f
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +20,7 @@ from .matmul import matmul
 from .native import native
 from .overlap import overlap_add
 from .taps import places, taps
-from ..arithmetic import Geometry
+from ..arithmetic import Geometry, is_one_of
 
 # %% ../../nbs/algorithms/choice.ipynb #24239aeb
 ALGORITHMS = {f.__name__: f for f in (native, matmul, taps, places, fft, overlap_add)}
@@ -85,7 +85,7 @@ def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
     if plain and as_good and fast_blas: return "native", "dense and channels last: as MLX has it"
     return "matmul", "a matrix product with the columns"
 
-# %% ../../nbs/algorithms/choice.ipynb #dfcfce8e
+# %% ../../nbs/algorithms/choice.ipynb #86b36985
 _forced = ContextVar("algorithm", default=None)
 _tuned = {}  # (geometry, weight's shape, dtype, device) -> name, from `tune`
 
@@ -98,7 +98,7 @@ def algorithm(
     Their gradients take it as well where it is defined for them. Raises `ValueError` for a name
     that there is not, and at a call for which the algorithm is not defined.
     """
-    if name not in ALGORITHMS:
+    if not is_one_of(name, ALGORITHMS):
         raise ValueError(f"no algorithm is called {name!r}; there are {', '.join(ALGORITHMS)}")
     token = _forced.set(name)
     try: yield

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'Explanation', 'explain', 'tune']
 
-# %% ../../nbs/algorithms/explain.ipynb #2df0203f
+# %% ../../nbs/algorithms/explain.ipynb #c9446cd2
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from . import choice, derivatives
 from .matmul import column_bytes
+from ..arithmetic import as_ints, check_limit
 
 # %% ../../nbs/algorithms/explain.ipynb #deb10db8
 class Run(NamedTuple):
@@ -27,6 +28,19 @@ class Run(NamedTuple):
     flops: int  # multiplications and additions that its definition has
     bytes: int  # input, weight and output
     workspace: int  # about how many bytes it needs besides; from 32 MiB on it is cut into tiles
+
+# %% ../../nbs/algorithms/explain.ipynb #c6237842
+def _shape(call, input_shape, dtype):
+    "`input_shape` as ints. TypeError and ValueError for what no array can have."
+    if not callable(call): raise TypeError(f"call must be callable, but got {type(call).__name__}")
+    if not isinstance(dtype, mx.Dtype):
+        raise TypeError(f"dtype must be an mx.Dtype, but got {type(dtype).__name__}")
+    axes = len(input_shape) if isinstance(input_shape, (tuple, list)) else 1
+    shape = as_ints(input_shape, axes, "input_shape")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"input_shape must not be negative, but got {shape}")
+    check_limit((1, *shape))
+    return shape
 
 # %% ../../nbs/algorithms/explain.ipynb #e15ac376
 def _watched(call, *args):
@@ -66,7 +80,7 @@ class Explanation(tuple):
                                    for i, (c, n) in enumerate(zip(row, widths))).rstrip()
                          for row in rows)
 
-# %% ../../nbs/algorithms/explain.ipynb #495cd1e5
+# %% ../../nbs/algorithms/explain.ipynb #bba865fc
 def explain(
     call: Callable,  # a layer, or a function of the input: `partial(conv2d, weight=w, stride=2)`
     input_shape: tuple,  # of the input, in the layout that the call takes
@@ -77,7 +91,7 @@ def explain(
     Raises what the call raises for such an input.
     """
     runs = []
-    for algorithm, x, w, g in _watched(call, mx.zeros(input_shape, dtype)):
+    for algorithm, x, w, g in _watched(call, mx.zeros(_shape(call, input_shape, dtype), dtype)):
         y = mx.zeros(g.output_shape, dtype)
         runs += [_run("forward", algorithm, x, w, g)]
         runs += _runs("input gradient", partial(derivatives.input_gradient, y, w, g, x.shape))
@@ -94,7 +108,7 @@ def _seconds(call, rounds=3):
         times.append(perf_counter() - start)
     return median(times[1:])
 
-# %% ../../nbs/algorithms/explain.ipynb #742a8fd2
+# %% ../../nbs/algorithms/explain.ipynb #55fe7f04
 def tune(
     call: Callable,  # a layer, or a function of the input
     input_shape: tuple,  # of the input
@@ -105,7 +119,7 @@ def tune(
     Kept for the process: for every later call of that geometry, dtype and kind of device, forward
     only. Raises `ValueError` if the call runs other than one convolution.
     """
-    x = mx.random.normal(input_shape).astype(dtype)
+    x = mx.random.normal(_shape(call, input_shape, dtype)).astype(dtype)
     seen = _watched(call, x)
     if len(seen) != 1:
         raise ValueError(f"one convolution can be tuned, but the call runs {len(seen)}")
