@@ -27,7 +27,7 @@ def _check_dtypes(name, input, weight, bias):
         raise NotImplementedError(f'"{name}" not implemented for {_dtype_name(input.dtype)!r}, '
                                   f"but for {', '.join(map(_dtype_name, _DTYPES))}")
 
-# %% ../nbs/03_functional.ipynb #74b7ddf9
+# %% ../nbs/03_functional.ipynb #a1d4111a
 def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups, data_format,
                  output_padding=None):
     "What all six functions do: check, then run. `output_padding` marks a transposed one."
@@ -47,7 +47,7 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
         return mx.zeros(g.output_shape if batched else g.output_shape[1:], input.dtype)
     y = convolve(input if batched else input[None], weight, g, force=True)
     if bias is not None: y = add_bias(y, bias, channels_last)
-    return y if batched else y[0]
+    return y if batched else mx.squeeze(y, 0)
 
 # %% ../nbs/03_functional.ipynb #ec7c8efd
 def _conv(n):
