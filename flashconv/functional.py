@@ -45,7 +45,7 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
         return mx.zeros(g.output_shape if batched else g.output_shape[1:], input.dtype)
     y = convolve(input if batched else input[None], weight, g, force=True)
     if bias is not None: y = add_bias(y, bias, channels_last)
-    return y if batched else y[0]
+    return y if batched else mx.squeeze(y, 0)
 
 # %% ../nbs/03_functional.ipynb #ec7c8efd
 def _conv(n):

@@ -16,7 +16,7 @@ from .matmul import matmul
 from .native import as_convolution
 from ..arithmetic import Geometry, transposed_output_size
 
-# %% ../../nbs/algorithms/derivatives.ipynb #44fa41d3
+# %% ../../nbs/algorithms/derivatives.ipynb #cd5f0502
 def convolve(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -27,6 +27,7 @@ def convolve(
     if g.transposed and max(g.stride) == 1: x, w, g = _turned(x, w, g)
     algorithm = choose(g, w.shape, x.dtype, force)
     for seen in _watchers: seen.append((algorithm, x, w, g))
+    if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
     if not mx.issubdtype(x.dtype, mx.inexact): return algorithm(x, w, g)
     return _with_rules(algorithm, g)(x, w)
 
