@@ -161,7 +161,7 @@ def _small(case):
     return (wide, first[0] + second[0] + 0.5, ((wide - first[1]) / 2, 0),
             ((wide - second[1]) / 2, first[0] + 0.5))
 
-# %% ../nbs/09_draw.ipynb #31bf140a
+# %% ../nbs/09_draw.ipynb #2bd2c895
 @delegates(window, but=["step"])
 def frames(
     layer_or_kernel_size,  # a layer; or taps, an int or a tuple; or weights, a list or an array
@@ -177,7 +177,7 @@ def frames(
     if not isinstance(steps, (tuple, list)):
         raise TypeError(f"steps must be a tuple of ints, but got {type(steps).__name__}")
     if not steps: raise ValueError(f"steps must name at least one place, but got {steps!r}")
-    _draw_frames(sheet, case, steps := [_step(case, step) for step in steps])
+    _draw_frames(sheet, case, steps := [_step(case, as_int(step, "steps")) for step in steps])
     alt = (f"{_about(case)} {len(steps)} frames, each with its taps in orange: "
            f"{', '.join(_about_step(case, step) for step in steps)}.")
     return _picture(sheet, alt, f"{_caption(case)}, step by step", steps=steps,
