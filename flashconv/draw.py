@@ -7,9 +7,10 @@ __all__ = ['BLUE', 'ORANGE', 'CYAN', 'INK', 'GREY', 'PAPER', 'WIDTH', 'HEIGHT', 
            'animation', 'matrix', 'padding_modes', 'receptive_field', 'dilation_taps', 'groups', 'overlap',
            'output_sizes', 'feature_maps', 'kernels', 'figure']
 
-# %% ../nbs/09_draw.ipynb #939069f4
+# %% ../nbs/09_draw.ipynb #19bb8be9
 import base64
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from html import escape
@@ -17,6 +18,7 @@ from io import BytesIO
 from math import ceil, prod
 from numbers import Real
 from pathlib import Path
+from threading import RLock
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -159,7 +161,7 @@ def _small(case):
     return (wide, first[0] + second[0] + 0.5, ((wide - first[1]) / 2, 0),
             ((wide - second[1]) / 2, first[0] + 0.5))
 
-# %% ../nbs/09_draw.ipynb #31bf140a
+# %% ../nbs/09_draw.ipynb #2bd2c895
 @delegates(window, but=["step"])
 def frames(
     layer_or_kernel_size,  # a layer; or taps, an int or a tuple; or weights, a list or an array
@@ -175,7 +177,7 @@ def frames(
     if not isinstance(steps, (tuple, list)):
         raise TypeError(f"steps must be a tuple of ints, but got {type(steps).__name__}")
     if not steps: raise ValueError(f"steps must name at least one place, but got {steps!r}")
-    _draw_frames(sheet, case, steps := [_step(case, step) for step in steps])
+    _draw_frames(sheet, case, steps := [_step(case, as_int(step, "steps")) for step in steps])
     alt = (f"{_about(case)} {len(steps)} frames, each with its taps in orange: "
            f"{', '.join(_about_step(case, step) for step in steps)}.")
     return _picture(sheet, alt, f"{_caption(case)}, step by step", steps=steps,
@@ -1063,15 +1065,19 @@ def _edge(columns, rows, width=WIDTH, height=HEIGHT, values=()):
     largest = min(max(0.3, longest + 0.1), 0.42)
     return max(0.1, min(largest, (width - 2 * _RIM) / columns, (height - 2 * _RIM) / rows))
 
-# %% ../nbs/09_draw.ipynb #0041bfcc
+# %% ../nbs/09_draw.ipynb #3d83d751
+@contextmanager
 def _house():
-    "A context with matplotlib's defaults and our settings."
-    return style.context(["default", {
+    "A context with matplotlib's defaults and our settings, for one thread at a time."
+    with _drawing, style.context(["default", {
         "svg.hashsalt": "flashconv", "svg.fonttype": "path", "font.size": FONT,
         "figure.facecolor": PAPER, "text.color": INK, "axes.edgecolor": GREY,
         "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.5,
         "axes.titlesize": FONT, "legend.frameon": False, "savefig.dpi": 200,
-        "axes.prop_cycle": "cycler('color', ['#2f6db3', '#d97706', '#0f9d94', '#6b6b6b'])"}])
+        "axes.prop_cycle": "cycler('color', ['#2f6db3', '#d97706', '#0f9d94', '#6b6b6b'])"}]):
+        yield
+
+_drawing = RLock()  # matplotlib's settings are the whole process's
 
 # %% ../nbs/09_draw.ipynb #2fcd4d62
 def _svg(figure, alt, caption):

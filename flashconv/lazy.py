@@ -6,7 +6,9 @@
 __all__ = ['UninitializedParameter', 'LazyConv1d', 'LazyConv2d', 'LazyConv3d', 'LazyConvTranspose1d', 'LazyConvTranspose2d',
            'LazyConvTranspose3d', 'materialize']
 
-# %% ../nbs/07_lazy.ipynb #ee75971d
+# %% ../nbs/07_lazy.ipynb #5f7e85fd
+from threading import RLock
+
 import mlx.core as mx
 import mlx.nn as nn
 from fastcore.basics import patch
@@ -62,7 +64,7 @@ for _name in """add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv m
                 int float complex index len iter getitem setitem array""".split():
     setattr(UninitializedParameter, f"__{_name}__", _refusal(f"__{_name}__"))
 
-# %% ../nbs/07_lazy.ipynb #3de0c6f5
+# %% ../nbs/07_lazy.ipynb #fead205a
 class _Lazy:
     "What makes a layer lazy. Stands before a `_ConvNd` among the bases."
 
@@ -77,13 +79,17 @@ class _Lazy:
 
     def __call__(self, input, *args, **kwargs):
         "Initialize for the channels of `input`, become the full layer and apply it."
-        restore = _snapshot(self)
-        try:
-            self.initialize_parameters(input)
-            return self(input, *args, **kwargs)
-        except BaseException:
-            restore()
-            raise
+        with _first_call:
+            if not isinstance(self, _Lazy): return self(input, *args, **kwargs)
+            restore = _snapshot(self)
+            try:
+                self.initialize_parameters(input)
+                return self(input, *args, **kwargs)
+            except BaseException:
+                restore()
+                raise
+
+_first_call = RLock()  # of several threads, one draws the parameters, and the others wait for it
 
 # %% ../nbs/07_lazy.ipynb #b57d963a
 def _snapshot(layer):

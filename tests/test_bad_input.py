@@ -22,7 +22,8 @@ NOT_CALLED_BY_USERS = {  # public to other modules, which pass what has been che
     "arithmetic": {"as_int", "is_one_of", "as_ints", "as_tuple", "check_limit", "conv_geometry",
                    "Geometry", "ReceptiveField"},
     "padding": {"check_array", "pad_axes"}, "blas": {"Info"}, "base": {"IncompatibleKeys"},
-    "draw": {"Picture", "BLUE", "ORANGE", "CYAN", "INK", "GREY", "PAPER", "WIDTH", "HEIGHT", "FONT"},
+    "draw": {"Picture", "BLUE", "ORANGE", "CYAN", "INK", "GREY", "PAPER", "WIDTH", "HEIGHT",
+             "FONT"},
     "explain": {"Run", "Explanation"}}
 WITHOUT_ARGUMENTS = {"fast", "load", "info", "raise_cache_limit"}
 
@@ -34,7 +35,7 @@ def test_nonsense(group):
     run = subprocess.run([sys.executable, script, group], capture_output=True, text=True,
                          timeout=300)
     last = run.stderr.splitlines()[-1:]
-    assert run.returncode == 0, f"the process ended with {run.returncode} at {last}: {run.stderr[-3000:]}"
+    assert run.returncode == 0, f"ended with {run.returncode} at {last}: {run.stderr[-3000:]}"
     found = [json.loads(line) for line in run.stdout.splitlines()]
     broken = [f"{each['subject']} {why}" for each in found for why in each["broken"]]
     assert not broken, f"{len(broken)} broken:\n" + "\n".join(broken[:40])

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['convolve', 'input_gradient', 'weight_gradient', 'add_bias']
 
-# %% ../../nbs/algorithms/derivatives.ipynb #cf39c597
+# %% ../../nbs/algorithms/derivatives.ipynb #72e5f63e
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 
@@ -26,12 +27,12 @@ def convolve(
     "Run a checked convolution by the algorithm that is chosen for it."
     if g.transposed and max(g.stride) == 1: x, w, g = _turned(x, w, g)
     algorithm = choose(g, w.shape, x.dtype, force)
-    for seen in _watchers: seen.append((algorithm, x, w, g))
+    for seen in _watchers.get(): seen.append((algorithm, x, w, g))
     if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
     if not mx.issubdtype(x.dtype, mx.inexact): return algorithm(x, w, g)
     return _with_rules(algorithm, g)(x, w)
 
-_watchers = []  # lists that `explain` has open
+_watchers = ContextVar("watchers", default=())  # lists that `explain` has open in this thread
 
 # %% ../../nbs/algorithms/derivatives.ipynb #fc9e45d8
 def _turned(x, w, g):
@@ -91,7 +92,7 @@ def weight_gradient(
                        g.groups, False, False, (len(xs), len(ys), *g.kernel_size))
     return convolve(xs, ys, swapped).swapaxes(0, 1)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #8a8b5faf
+# %% ../../nbs/algorithms/derivatives.ipynb #fe1e754f
 def _is_a_product(g):
     "Whether each output sees one place, in one group."
     padding = {amount for pair in g.padding for amount in pair}
@@ -100,7 +101,7 @@ def _is_a_product(g):
 def _rows_product(x, cotangent, g):
     "The weight gradient of such a layer."
     dtype, w_shape = x.dtype, (cotangent.shape[-1], x.shape[-1], *g.kernel_size)
-    for seen in _watchers: seen.append((matmul, x, mx.zeros(w_shape, dtype), g))
+    for seen in _watchers.get(): seen.append((matmul, x, mx.zeros(w_shape, dtype), g))
     if dtype in (mx.float16, mx.bfloat16):
         x, cotangent = x.astype(mx.float32), cotangent.astype(mx.float32)
     w = mx.flatten(cotangent, 0, -2).T @ mx.flatten(x, 0, -2)
