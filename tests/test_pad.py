@@ -113,3 +113,13 @@ def test_a_wrap_beyond_what_a_crop_leaves_is_refused():
     "Where PyTorch returns uninitialised memory, this is an error."
     with pytest.raises(RuntimeError, match="wrapping around more than once"):
         pad(mx.zeros((1, 1, 2)), (-2, 2), "circular")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_fits_is_not_too_large(mode):
+    "2^54 values that nobody computes may be padded; an axis of 2^31 may not be had."
+    x = mx.broadcast_to(mx.zeros(1), (2**26, 2**26, 4))
+    assert pad(x, (1, 1), mode).shape == (2**26, 2**26, 6)
+    long = mx.broadcast_to(mx.zeros(1), (1, 1, 2**31 - 3))
+    assert pad(long, (1, 1), mode).shape == (1, 1, 2**31 - 1)
+    with pytest.raises(RuntimeError, match="beyond what MLX can index"): pad(long, (1, 2), mode)
