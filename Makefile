@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make readme | make clean
+# make demo | make test | make mutants | make bench | make readme | make clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,13 +8,18 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo test bench readme clean
+.PHONY: demo test mutants bench readme clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python -m flashconv $(PICTURE)
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q -n auto
+
+# Hours, see tools/mutants.py: MUTANTS="padding --sample 20" takes minutes.
+mutants: $(VENV)/test-installed
+	$(BIN)/python -m pip install -q mutmut==3.8.1
+	$(BIN)/python tools/mutants.py $(MUTANTS)
 
 bench: $(VENV)/bench-installed
 	$(BIN)/python benchmarks/layers.py $(BENCH)
