@@ -24,6 +24,11 @@ limits: $(VENV)/test-installed
 environments:
 	$(PYTHON) tools/environments.py
 
+# Hours, see tools/mutants.py: MUTANTS="padding --sample 20" takes minutes.
+mutants: $(VENV)/test-installed
+	$(BIN)/python -m pip install -q mutmut==3.8.1
+	$(BIN)/python tools/mutants.py $(MUTANTS)
+
 bench: $(VENV)/bench-installed
 	$(BIN)/python benchmarks/layers.py $(BENCH)
 

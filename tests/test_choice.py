@@ -8,6 +8,7 @@ import pytest
 import flashconv as fc
 import flashconv.functional as F
 from flashconv.algorithms import choice
+from flashconv.arithmetic import conv_geometry
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 OTHERS = (mx.float64, mx.complex64)
@@ -205,3 +206,74 @@ def test_few_windows_of_a_large_picture():
     x = mx.broadcast_to(mx.array(1.0), (1, 3, 2**16, 2**16))  # 52 GB, were it written out
     y = F.conv2d(x, mx.ones((8, 3, 3, 3)), stride=2**13, padding=0)
     assert y.shape == (1, 8, 8, 8) and mx.all(y == 27)
+
+
+def ruled(size, weight, batch=1, groups=1, stride=1, dilation=1, dtype=mx.float32, gpu=False,
+          blas=True, last=False, transposed=False):
+    "What runs for an input of `size` per axis on a machine that need not be this one, and why."
+    n = len(size)
+    channels = weight[0] if transposed else weight[1] * groups
+    shape = (batch, *size, channels) if last else (batch, channels, *size)
+    g = conv_geometry("conv", shape, weight, None, (stride,) * n, (0,) * n, (dilation,) * n, groups,
+                      (0,) * n if transposed else None, last)
+    return choice._rule(g, weight, dtype, gpu, blas)
+
+
+@pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
+@pytest.mark.parametrize("name, why, size, weight, kw", (
+    # Both sides of each border. Few outputs per group, then more of them, then too many.
+    ("fft", "a long kernel", (63,), (4, 8, 32), {}), ("matmul", "", (62,), (4, 8, 31), {"batch": 64}),
+    ("fft", "many outputs", (71,), (4, 8, 40), {}), ("places", "", (70,), (4, 8, 40), {}),
+    ("fft", "a long kernel", (13, 13), (4, 8, 7, 7), {}),
+    ("matmul", "", (13, 13), (4, 8, 6, 7), {"batch": 64}),
+    ("fft", "a long kernel", (9, 9, 9), (4, 8, 5, 5, 5), {}),
+    ("matmul", "", (9, 9, 9), (4, 8, 4, 5, 5), {"batch": 64}),
+    ("fft", "a long kernel", (95,), (5, 8, 48), {}), ("matmul", "", (95,), (5, 8, 47), {"batch": 64}),
+    ("places", "", (95,), (5, 8, 49), {}), ("fft", "a long kernel", (95,), (17, 8, 48), {}),
+    ("fft", "a long kernel", (17, 17), (16, 8, 9, 9), {}),
+    ("matmul", "", (17, 17), (17, 8, 9, 9), {"batch": 64}),
+    ("matmul", "", (17, 17), (16, 8, 8, 10), {"batch": 64}),
+    ("fft", "", (17, 17), (32, 4, 9, 9), {"groups": 2}),
+    ("fft", "a long kernel", (15, 15, 15), (16, 2, 6, 6, 6), {}),
+    ("matmul", "", (13, 13, 13), (16, 2, 5, 5, 7), {"batch": 64}),
+    ("matmul", "", (199,), (4, 8, 64), {"stride": 2, "batch": 64}),
+    ("matmul", "", (199,), (4, 8, 64), {"dilation": 2, "batch": 64}),
+    ("places", "fewer outputs", (5, 5), (8, 8, 4, 4), {}),
+    ("native", "", (5, 5), (2, 2, 3, 3), {}),
+    ("places", "", (512,), (5, 8, 257), {"gpu": True}),
+    ("native", "more than 256 taps", (514,), (5, 8, 258), {"gpu": True}),
+    ("native", "more than 256 taps", (600,), (5, 8, 257), {"gpu": True}),
+    ("native", "a GPU", (600,), (5, 8, 256), {"gpu": True}),
+    ("native", "a GPU", (63,), (4, 8, 32), {"gpu": True}),
+    ("native", "a GPU", (9, 9), (64, 1, 3, 3), {"gpu": True, "groups": 64}),
+    ("matmul", "lacks this dtype", (9, 9), (4, 4, 3, 3), {"gpu": True, "dtype": mx.complex64}),
+    ("matmul", "lacks this dtype", (9,) * 3, (4, 4, 2, 2, 2), {"gpu": True, "dtype": mx.float16}),
+    ("overlap_add", "a stride", (9,), (4, 4, 256), {"transposed": True, "stride": 2}),
+    ("native", "more than", (9,), (4, 4, 257), {"transposed": True, "stride": 2}),
+    ("taps", "no other", (9,), (4, 4, 257),
+     {"transposed": True, "stride": 2, "dtype": mx.complex64}),
+    ("taps", "no other", (9, 9), (4, 4, 3, 3), {"dtype": mx.int32}),
+    ("taps", "one channel", (40,), (16, 1, 3), {"groups": 4}),
+    ("matmul", "", (40,), (20, 1, 3), {"groups": 4}), ("matmul", "", (40,), (16, 1, 1), {"groups": 4}),
+    ("matmul", "", (40,), (16, 2, 3), {"groups": 4}),
+    ("native", "small", (31, 32), (8, 32, 1, 1), {}), ("matmul", "", (32, 32), (8, 32, 1, 1), {}),
+    ("matmul", "", (9, 9), (8, 4, 3, 3), {"groups": 2}),
+    ("matmul", "", (9, 9), (8, 8, 2, 2), {"dilation": 2}),
+    ("matmul", "", (9, 9), (8, 8, 3, 3), {"dtype": mx.complex64}),
+    ("native", "small", (9, 9), (8, 8, 3, 3), {"dtype": mx.bfloat16}),
+    ("matmul", "", (17, 17), (64, 64, 3, 3), {}), ("matmul", "", (16, 16), (64, 64, 1, 1), {}),
+    ("matmul", "", (9,) * 3, (64, 64, 2, 2, 2), {}),
+    ("matmul", "", (18, 18), (64, 64, 3, 3), {"blas": False}),
+), ids=lambda v: str(v).replace(" ", "") if v != "" else "any")
+def test_rule(name, why, size, weight, kw, last):
+    "The rule at its borders, the same in both layouts."
+    got, reason = ruled(size, weight, last=last, **kw)
+    assert got == name and why in reason
+
+
+@pytest.mark.parametrize("size, name", (((18, 18), "native"), ((17, 18), "matmul")))
+def test_rule_that_tells_the_layouts_apart(size, name):
+    "Dense, channels last and 256 outputs: MLX's own is as good, once its BLAS is fast."
+    assert ruled(size, (64, 64, 3, 3), last=True)[0] == name
+    assert ruled(size, (64, 64, 3, 3))[0] == "matmul"
+    assert ruled(size, (64, 64, 3, 3), last=True, blas=False)[0] == "matmul"

@@ -598,3 +598,11 @@ def test_extremes_end_in_a_result_or_an_ordinary_error(extremes, text):
 def test_extremes_that_have_a_result(extremes, text, shapes):
     "A giant step over a single window and zero channels are legal, as in PyTorch."
     assert extremes[text] == shapes
+
+
+@pytest.mark.parametrize("name", ("ConvTranspose2d", "LazyConv2d", "LazyConvTranspose1d"))
+def test_no_array_names_the_layer(name):
+    "Layers that look at their input before any function does say whose argument is wrong."
+    layer = getattr(flashconv, name)(*(2,) * ("Lazy" not in name), 2, 3)
+    with pytest.raises(TypeError, match=rf"^{name}\(\): argument 'input' must be mlx.core.array"):
+        layer([[[1.0]]])

@@ -71,7 +71,7 @@ def test_arithmetic_on_a_waiting_parameter(use, torch):
     with pytest.raises(ValueError, match=REMEDY): use(fc.LazyConv2d(4, 3).weight)
 
 
-@pytest.mark.parametrize("name", ("shape", "size", "ndim"))
+@pytest.mark.parametrize("name", ("shape", "size", "ndim", "nbytes"))
 def test_the_shape_of_a_waiting_parameter(name, torch):
     "RuntimeError in PyTorch's words."
     with pytest.raises(RuntimeError, match="Can't access the shape of an uninitialized parameter"):
@@ -86,6 +86,24 @@ def test_what_a_waiting_parameter_has():
     weight = fc.LazyConv2d(4, 3, dtype=mx.float16).weight
     assert weight.dtype == mx.float16 and weight.astype(mx.bfloat16).dtype == mx.bfloat16
     assert not hasattr(weight, "foo")
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_all_arguments_arrive(name):
+    "What the constructor is told, by name or by position, is what the full layer would keep."
+    given = dict(kernel_size=3, stride=4, padding=1, dilation=2, groups=2, bias=False,
+                 padding_mode="zeros", device=mx.cpu, dtype=mx.float16)
+    if "Transpose" in name:
+        order = ("kernel_size", "stride", "padding", "output_padding", "groups", "bias",
+                 "dilation", "padding_mode", "device", "dtype")
+        given = {key: (given | {"output_padding": 3})[key] for key in order}
+    else: given["padding_mode"] = "reflect"
+    full_one = full(name)(2, 4, **given, data_format="channels_last")
+    for layer in (lazy(name, 4, **given, data_format="channels_last"),
+                  lazy(name, 4, *given.values(), data_format="channels_last")):
+        for key in (*given, "out_channels", "data_format"):
+            if key not in ("bias", "dtype"): assert getattr(layer, key) == getattr(full_one, key)
+        assert layer.device is not None and layer.weight.dtype == mx.float16 and layer.bias is None
 
 
 # The first call ------------------------------------------------------------------------------

@@ -123,3 +123,13 @@ def test_flip(shape, axes):
     assert np.array_equal(flip(x, axes), np.flip(x, axes))
     gradient = mx.grad(lambda x: (flip(x, axes) * c).sum())(x)
     assert np.array_equal(gradient, np.flip(c, axes))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_fits_is_not_too_large(mode):
+    "2^54 values that nobody computes may be padded; an axis of 2^31 may not be had."
+    x = mx.broadcast_to(mx.zeros(1), (2**26, 2**26, 4))
+    assert pad(x, (1, 1), mode).shape == (2**26, 2**26, 6)
+    long = mx.broadcast_to(mx.zeros(1), (1, 1, 2**31 - 3))
+    assert pad(long, (1, 1), mode).shape == (1, 1, 2**31 - 1)
+    with pytest.raises(RuntimeError, match="beyond what MLX can index"): pad(long, (1, 2), mode)
