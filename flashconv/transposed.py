@@ -111,7 +111,7 @@ def _output_padding(
                          f"{list(smallest)} to {list(largest)} (for an input of {list(spatial)})")
     return tuple(size - lo for size, lo in zip(wanted, smallest))
 
-# %% ../nbs/06_transposed.ipynb #c9535387
+# %% ../nbs/06_transposed.ipynb #7bc3a6c8
 @patch
 def __call__(
     self: _ConvTranspose,
@@ -123,8 +123,8 @@ def __call__(
     conv = (functional.conv_transpose1d, functional.conv_transpose2d,
             functional.conv_transpose3d)[n - 1]
     check_array(type(self).__name__, "input", input)
-    stride, padding, dilation = (as_tuple(value, n)
-                                 for value in (self.stride, self.padding, self.dilation))
+    stride, padding, dilation = (as_ints(getattr(self, name), n, name)
+                                 for name in ("stride", "padding", "dilation"))
     output_padding = self._output_padding(input, output_size, stride, padding, self.kernel_size,
                                           n, dilation)
     with self._on_device():
