@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make readme | make clean
+# make demo | make test | make fuzz | make bench | make readme | make clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,13 +8,17 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo test bench readme clean
+.PHONY: demo test fuzz bench readme clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python -m flashconv $(PICTURE)
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q -n auto
+
+# FUZZ="--seed 3 --cases 2000 --jobs 2": other cases than the 10,000 of seed 0.
+fuzz: $(VENV)/test-installed
+	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 bench: $(VENV)/bench-installed
 	$(BIN)/python benchmarks/layers.py $(BENCH)

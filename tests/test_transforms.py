@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from judge import looped, our_gradient, their_gradient
 
 import flashconv as fc
 import flashconv.functional as F
@@ -47,18 +48,6 @@ def algorithm(request, monkeypatch):
     def choose(g, shape, dtype, force=False):
         return native if dtype == mx.float32 else choice.choose(g, shape, dtype, force)
     if request.param == "native": monkeypatch.setattr(derivatives, "choose", choose)
-
-
-def our_gradient(f, i):
-    "The `i`th gradient of `f(x, w, b)` as a function of `x`, `w`, `b` and the cotangent."
-    return lambda x, w, b, c: mx.vjp(f, [x, w, b], [c])[1][i]
-
-
-def their_gradient(f, i):
-    def gradient(x, w, b, c):
-        leaves = [a.requires_grad_() if a.is_leaf else a for a in (x, w, b)]
-        return torch.autograd.grad(f(*leaves), leaves[i], c, create_graph=True)[0]
-    return gradient
 
 
 # Derivatives ---------------------------------------------------------------------------------
@@ -115,17 +104,6 @@ def many(arrays, axes, size=3):
     rng = np.random.default_rng(2)
     def several(a): return [oracle.draw(rng, a.shape, a.dtype) for _ in range(size)]
     return [a if axis is None else mx.stack(several(a), axis) for a, axis in zip(arrays, axes)]
-
-
-def looped(f, axes, out=0):
-    "What vmap means, by PyTorch: one call after the other."
-    def loop(*tensors):
-        pairs = list(zip(tensors, axes))
-        size = next(t.shape[axis] for t, axis in pairs if axis is not None)
-        calls = ([t if axis is None else t.select(axis, i) for t, axis in pairs]
-                 for i in range(size))
-        return torch.stack([f(*call) for call in calls], out)
-    return loop
 
 
 @pytest.mark.parametrize("axes", AXES, ids=str)
