@@ -1,4 +1,5 @@
-# make demo | make test | make limits | make environments | make bench | make readme | make clean
+# make demo | make test | make fuzz | make limits | make environments | make mutants
+# make bench | make bench-models | make readme | make clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo test limits environments bench readme clean
+.PHONY: demo test fuzz limits environments mutants bench bench-models readme clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python -m flashconv $(PICTURE)
@@ -28,6 +29,10 @@ environments:
 mutants: $(VENV)/test-installed
 	$(BIN)/python -m pip install -q mutmut==3.8.1
 	$(BIN)/python tools/mutants.py $(MUTANTS)
+
+# FUZZ="--seed 3 --cases 2000 --jobs 2": other cases than the 10,000 of seed 0.
+fuzz: $(VENV)/test-installed
+	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 bench: $(VENV)/bench-installed
 	$(BIN)/python benchmarks/layers.py $(BENCH)

@@ -131,8 +131,8 @@ def __call__(
             functional.conv_transpose3d)[n - 1]
     self._check_padding_mode(self.padding_mode)
     check_array(type(self).__name__, "input", input)
-    stride, padding, dilation = (as_tuple(value, n)
-                                 for value in (self.stride, self.padding, self.dilation))
+    stride, padding, dilation = (as_ints(getattr(self, name), n, name)
+                                 for name in ("stride", "padding", "dilation"))
     output_padding = self._output_padding(input, output_size, stride, padding, self.kernel_size,
                                           n, dilation)
     with self._on_device():

@@ -1,6 +1,5 @@
-"""One seed for every test, repeatable hypothesis runs, and full float32 products on GPUs.
+"""One seed for every test, and full float32 products on GPUs.
 
-Two variables change a run: `FLASHCONV_EXAMPLES` multiplies the number of random cases, and
 `FLASHCONV_DEVICE` (cpu or gpu) replaces MLX's default device. float64 is always worked on the CPU.
 """
 import os
@@ -9,16 +8,6 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
 import pytest
-
-try:
-    from hypothesis import HealthCheck, settings
-except ImportError:
-    pass
-else:
-    slow = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
-    settings.register_profile("flashconv", derandomize=True, database=None, deadline=None,
-                              suppress_health_check=slow)
-    settings.load_profile("flashconv")
 
 if "FLASHCONV_DEVICE" in os.environ:
     mx.set_default_device(getattr(mx, os.environ["FLASHCONV_DEVICE"]))

@@ -222,6 +222,7 @@ def serve():
     "Judge the cases that come in, one per line."
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
+    import conftest  # noqa: F401, its device and precision
     from judge import verdict
     for line in sys.stdin: print(json.dumps(verdict(json.loads(line))), file=answers, flush=True)
 

@@ -37,14 +37,14 @@ def draw(rng, shape, dtype=mx.float32):
 
 
 def to_torch(a):
-    "An MLX array as a PyTorch tensor of the widest type that holds it exactly."
+    "An MLX array as a contiguous PyTorch tensor of the widest type that holds it exactly."
     if a is None: return None
     a = mx.stop_gradient(a)
     if mx.issubdtype(a.dtype, mx.complexfloating):
-        return torch.from_numpy(np.array(a)).to(torch.complex128)
+        return torch.from_numpy(np.array(a, order="C")).to(torch.complex128)
     if mx.issubdtype(a.dtype, mx.floating):
-        with mx.stream(mx.cpu): return torch.from_numpy(np.array(a.astype(mx.float64)))
-    return torch.from_numpy(np.array(a))
+        with mx.stream(mx.cpu): return torch.from_numpy(np.array(a.astype(mx.float64), order="C"))
+    return torch.from_numpy(np.array(a, order="C"))
 
 
 def to_mlx(t):

@@ -172,6 +172,15 @@ def test_output_size(n, beyond, batch, data_format):
         check(ours, theirs, given(name, 4, batch), given_size, wrap=wrap)
 
 
+@pytest.mark.parametrize("key", ("stride", "padding", "dilation"))
+def test_output_size_beside_tuples_of_other_lengths(key):
+    "A tuple of length 1 serves both axes; one of length 3 is refused in the call's words."
+    x = mx.ones((1, 1, 4, 4))
+    assert fc.ConvTranspose2d(1, 1, 3, **{key: (1,)})(x, (4, 4) if key == "padding" else (6, 6)).size
+    with pytest.raises(RuntimeError, match=f"expected {key} to be a single integer value or a list"):
+        fc.ConvTranspose2d(1, 1, 3, **{key: (1, 1, 1)})(x, (6, 6))
+
+
 @pytest.mark.parametrize("dtype", (mx.float16, mx.bfloat16, mx.float64, mx.complex64), ids=str)
 @pytest.mark.parametrize("name", EAGER)
 def test_dtypes(name, dtype):

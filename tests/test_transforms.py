@@ -1,4 +1,5 @@
 """What MLX does to functions and models: second derivatives, vmap, compile, training, laziness."""
+from contextlib import nullcontext
 from itertools import product
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from judge import looped, our_gradient, their_gradient
 
 import flashconv as fc
 import flashconv.functional as F
@@ -47,18 +49,6 @@ def algorithm(request, monkeypatch):
     def choose(g, shape, dtype, force=False):
         return native if dtype == mx.float32 else choice.choose(g, shape, dtype, force)
     if request.param == "native": monkeypatch.setattr(derivatives, "choose", choose)
-
-
-def our_gradient(f, i):
-    "The `i`th gradient of `f(x, w, b)` as a function of `x`, `w`, `b` and the cotangent."
-    return lambda x, w, b, c: mx.vjp(f, [x, w, b], [c])[1][i]
-
-
-def their_gradient(f, i):
-    def gradient(x, w, b, c):
-        leaves = [a.requires_grad_() if a.is_leaf else a for a in (x, w, b)]
-        return torch.autograd.grad(f(*leaves), leaves[i], c, create_graph=True)[0]
-    return gradient
 
 
 # Derivatives ---------------------------------------------------------------------------------
@@ -104,6 +94,62 @@ def test_only_the_gradients_asked_for(name):
         oracle.assert_within_rounding(mine, leaf.grad, bounds[i].grad, mx.float32, str(i))
 
 
+def test_forward_mode_over_a_gradient_without_a_batch():
+    "MLX has no jvp of an index's gradient, so the batch of one that is made is not indexed away."
+    x, w, c = mx.array([[1.0, 2, 3]]), mx.array([[[4.0, 5]]]), mx.array([[6.0, 7]])
+    def gradient(x, w): return mx.vjp(F.conv1d, [x, w], [c])[1][1]
+    with fc.algorithm("taps"):
+        (_,), (change,) = mx.jvp(gradient, [x, w], [mx.array([[1.0, 0, 2]]), mx.zeros_like(w)])
+    assert change.tolist() == [[[6 * 1 + 7 * 0, 6 * 0 + 7 * 2]]]
+
+
+@pytest.mark.parametrize("name", (None, "native", "matmul", "taps", "places", "fft"), ids=str)
+def test_gradients_where_all_of_the_input_is_cut_off(name):
+    "A stamp at place 0, which the padding cuts off: places 1 and 2 are output_padding."
+    x, w, c = mx.ones((1, 1)), mx.ones((1, 1, 1)), mx.ones((1, 1))
+    def f(x, w): return F.conv_transpose1d(x, w, stride=3, padding=1, output_padding=2)
+    with nullcontext() if name is None else fc.algorithm(name):
+        (y,), gradients = mx.vjp(f, [x, w], [c])
+        assert y.tolist() == [[0]] and [g.tolist() for g in gradients] == [[[0]], [[[0]]]]
+
+
+def test_memory_of_the_gradient_of_a_weight_gradient():
+    "210 taps ten apart on 16 inputs took 18 GB as stamps of the 210; the output has 17 MB."
+    kw = {"stride": 10, "dilation": (2, 1, 1), "padding": 1, "output_padding": (4, 4, 2)}
+    x, w = mx.random.normal((3, 9, 7, 5, 6)), mx.random.normal((9, 3, 2, 4, 2))
+    def f(x, w): return F.conv_transpose3d(x, w, groups=3, **kw)
+    def of_weight(c): return mx.vjp(f, [x, w], [c])[1][1]
+    c, toward = mx.random.normal((3, 9, 65, 46, 52)), mx.random.normal(w.shape)
+    mx.eval(x, w, c, toward)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    _, (second,) = mx.vjp(of_weight, [c], [toward])
+    mx.eval(second)
+    assert mx.get_peak_memory() - before < 200 * 2**20
+    leaf = oracle.to_torch(x)
+    judged = torch.nn.functional.conv_transpose3d(leaf, oracle.to_torch(toward), groups=3, **kw)
+    bound = torch.nn.functional.conv_transpose3d(leaf.abs(), oracle.to_torch(toward).abs(),
+                                                 groups=3, **kw)
+    oracle.assert_within_rounding(second, judged, bound, mx.float32)
+
+
+@pytest.mark.parametrize("data_format", ("channels_first", "channels_last"))
+@pytest.mark.parametrize("dtype", (mx.float32, mx.float16, mx.complex64), ids=str)
+def test_a_kernel_larger_than_its_input(dtype, data_format):
+    "Where input and kernel change places, in groups and with a vmapped weight or input."
+    kw = {"stride": 2, "dilation": (5, 3), "padding": (3, 1), "output_padding": (4, 1), "groups": 2}
+    rng = np.random.default_rng(0)
+    x, w = (oracle.draw(rng, shape, dtype) for shape in ((2, 4, 3, 2), (4, 3, 4, 3)))
+    def ours(x, w):
+        if data_format == "channels_first": return F.conv_transpose2d(x, w, **kw)
+        y = F.conv_transpose2d(mx.moveaxis(x, 1, -1), w, data_format=data_format, **kw)
+        return mx.moveaxis(y, -1, 1)
+    def theirs(x, w): return torch.nn.functional.conv_transpose2d(x, w, **kw)
+    oracle.check(ours, theirs, [x, w])
+    for axes in ((0, None), (None, 1), (2, 0)):
+        oracle.check(mx.vmap(ours, in_axes=axes), looped(theirs, axes), many([x, w], axes))
+
+
 # vmap ----------------------------------------------------------------------------------------
 
 AXES = [(0, None, None), (None, 0, None), (0, 0, None), (0, 0, 0), (None, None, 0), (1, None, None),
@@ -115,17 +161,6 @@ def many(arrays, axes, size=3):
     rng = np.random.default_rng(2)
     def several(a): return [oracle.draw(rng, a.shape, a.dtype) for _ in range(size)]
     return [a if axis is None else mx.stack(several(a), axis) for a, axis in zip(arrays, axes)]
-
-
-def looped(f, axes, out=0):
-    "What vmap means, by PyTorch: one call after the other."
-    def loop(*tensors):
-        pairs = list(zip(tensors, axes))
-        size = next(t.shape[axis] for t, axis in pairs if axis is not None)
-        calls = ([t if axis is None else t.select(axis, i) for t, axis in pairs]
-                 for i in range(size))
-        return torch.stack([f(*call) for call in calls], out)
-    return loop
 
 
 @pytest.mark.parametrize("axes", AXES, ids=str)

@@ -9,6 +9,7 @@ __all__ = ['convolve', 'input_gradient', 'weight_gradient', 'add_bias']
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
+from math import prod
 
 import mlx.core as mx
 
@@ -17,7 +18,7 @@ from .matmul import matmul
 from .native import as_convolution
 from ..arithmetic import Geometry, transposed_output_size
 
-# %% ../../nbs/algorithms/derivatives.ipynb #cd5f0502
+# %% ../../nbs/algorithms/derivatives.ipynb #f24c2456
 def convolve(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -26,6 +27,7 @@ def convolve(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "Run a checked convolution by the algorithm that is chosen for it."
     if g.transposed and max(g.stride) == 1: x, w, g = _turned(x, w, g)
+    if g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
     algorithm = choose(g, w.shape, x.dtype, force)
     for seen in _watchers.get(): seen.append((algorithm, x, w, g))
     if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
@@ -40,6 +42,23 @@ def _turned(x, w, g):
     x, w, padding, _ = as_convolution(x, w, g)
     zeros = (0,) * len(g.stride)
     return x, w, replace(g, transposed=False, padding=padding, output_padding=zeros)
+
+# %% ../../nbs/algorithms/derivatives.ipynb #5ed2a72c
+def _has_the_larger_kernel(x, g):
+    "Whether a kernel has more values than an input, and longer steps between them."
+    sizes = x.shape[1:-1] if g.channels_last else x.shape[2:]
+    return prod(g.kernel_size) > prod(sizes) and prod(g.dilation) > prod(g.stride)
+
+def _exchanged(x, w, g, force):
+    "A transposed convolution with input and kernel in each other's place."
+    last, n = g.channels_last, len(x)
+    if last: x = mx.moveaxis(x, -1, 1)
+    out = g.output_shape[1:-1] if last else g.output_shape[2:]
+    other = replace(g, kernel_size=x.shape[2:], stride=g.dilation, dilation=g.stride,
+                    channels_last=False, output_shape=(w.shape[1], g.groups * n, *out))
+    y = convolve(w.swapaxes(0, 1), x.swapaxes(0, 1), other, force)
+    y = mx.flatten(mx.unflatten(y, 1, (g.groups, n)).swapaxes(0, 2), 1, 2)  # (N, O, *out)
+    return mx.moveaxis(y, 1, -1) if last else y
 
 # %% ../../nbs/algorithms/derivatives.ipynb #9fb8a973
 @lru_cache(maxsize=4096)
