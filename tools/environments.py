@@ -63,7 +63,7 @@ def on(version, oldest=False):
     wanted = [name.replace(">=", "==") for name in requirements()] if oldest else requirements()
     wanted = [re.sub(r"^mlx\b", "mlx[cpu]", name) for name in wanted]
     with tempfile.TemporaryDirectory() as folder:
-        try: inside = environment(folder, python, *wanted, "pytest", "hypothesis", "safetensors",
+        try: inside = environment(folder, python, *wanted, "pytest", "safetensors",
                                   *filter(None, [TORCH]))
         except subprocess.CalledProcessError as error: return False, f"not installable: {error}"
         return tested(inside)

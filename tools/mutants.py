@@ -240,7 +240,7 @@ def main():
         for name in texts:
             if known.get(name, "") is None: print(name, *_difference(name, texts[name]), sep="\n")
         return
-    for module in ("torch", "mlx.nn", "hypothesis", "matplotlib.pyplot", "nbclient", "pytest"):
+    for module in ("torch", "mlx.nn", "matplotlib.pyplot", "nbclient", "pytest"):
         try: __import__(module)
         except ImportError: pass
     with multiprocessing.get_context("fork").Pool(WORKERS) as pool:
