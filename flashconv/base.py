@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IncompatibleKeys']
 
-# %% ../nbs/04_base.ipynb #978b721c
+# %% ../nbs/04_base.ipynb #785b649f
 import re
 from contextlib import nullcontext
 from math import prod, sqrt
@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from fastcore.basics import patch
 
-from .arithmetic import as_tuple, check_limit, is_channels_last, same_padding
+from .arithmetic import as_ints, as_tuple, check_limit, is_channels_last, same_padding
 
 # %% ../nbs/04_base.ipynb #2d5e175a
 class _ConvNd(nn.Module):
@@ -245,12 +245,13 @@ def __setstate__(self: _ConvNd, state):
         state = state | {"device": mx.Device(getattr(mx, kind), int(number))}
     self.__dict__.update(state)
 
-# %% ../nbs/04_base.ipynb #1a895a49
+# %% ../nbs/04_base.ipynb #ca9c5cfd
 @patch(as_prop=True)
 def _reversed_padding_repeated_twice(self: _ConvNd) -> list:
     "The padding as `functional.pad` takes it: two amounts per axis, the last axis first."
     n = len(self.kernel_size)
     if self.padding == "valid": return [0] * 2 * n
-    if self.padding == "same": pairs = same_padding(self.kernel_size, as_tuple(self.dilation, n))
+    if self.padding == "same":
+        pairs = same_padding(self.kernel_size, as_ints(self.dilation, n, "dilation"))
     else: pairs = [(p, p) for p in as_tuple(self.padding, n)]
     return [amount for pair in reversed(pairs) for amount in pair]
