@@ -87,7 +87,9 @@ def _draw_convolution(rng, n, case):
         else: after = each("output_padding", 0, list(map(rng.randrange, most)))
     elif layer and rng.random() < 0.6: case["kw"]["padding_mode"] = rng.choice(("zeros", *MODES))
     spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation)]
-    if "padding_mode" in case["kw"] and padding == "same": pads = [span // 2 for span in spans]
+    if "padding_mode" in case["kw"] and padding == "same":
+        pads = [span // 2 for span in spans]
+        case["kw"]["dilation"] = dilation  # of a tuple of length 1 PyTorch pads one axis
     def least(span, p, s, o):
         if transposed: return 1 + max(0, -(-(2 * p - span - o + 1) // s))
         if "padding_mode" in case["kw"]: return max(p + 1, span - 2 * p)
@@ -190,7 +192,7 @@ def shrink(case, failure, judge, seconds=60):
 class Worker:
     "A process that judges one case after the other, replaced when it dies or hangs."
 
-    process = None
+    process, command = None, [sys.executable, __file__, "--serve"]
 
     def __call__(self, case, seconds=60):
         "The verdict on a case, in one or two words, and what is wrong with it, or None."
@@ -207,9 +209,8 @@ class Worker:
         return answer or ("crash", f"the process ended with {code}")
 
     def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.answers = Queue()
         Thread(target=self.listen, args=(self.process.stdout, self.answers), daemon=True).start()
 

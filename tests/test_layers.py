@@ -172,13 +172,23 @@ def test_output_size(n, beyond, batch, data_format):
         check(ours, theirs, given(name, 4, batch), given_size, wrap=wrap)
 
 
+def test_same_padding_with_a_dilation_of_length_1():
+    "It serves both axes; PyTorch pads one of them, and gives 5 x 1."
+    layer = fc.Conv2d(1, 1, 3, padding="same", dilation=(2,), padding_mode="circular")
+    assert layer(mx.ones((1, 1, 5, 5))).shape == (1, 1, 5, 5)
+    layer.dilation = (2, 2, 2)
+    with pytest.raises(RuntimeError, match="expected dilation to be a single integer value"):
+        layer(mx.ones((1, 1, 5, 5)))
+
+
 @pytest.mark.parametrize("key", ("stride", "padding", "dilation"))
 def test_output_size_beside_tuples_of_other_lengths(key):
     "A tuple of length 1 serves both axes; one of length 3 is refused in the call's words."
     x = mx.ones((1, 1, 4, 4))
-    assert fc.ConvTranspose2d(1, 1, 3, **{key: (1,)})(x, (4, 4) if key == "padding" else (6, 6)).size
-    with pytest.raises(RuntimeError, match=f"expected {key} to be a single integer value or a list"):
-        fc.ConvTranspose2d(1, 1, 3, **{key: (1, 1, 1)})(x, (6, 6))
+    size = (4, 4) if key == "padding" else (6, 6)
+    assert fc.ConvTranspose2d(1, 1, 3, **{key: (1,)})(x, size).shape == (1, 1, *size)
+    with pytest.raises(RuntimeError, match=f"expected {key} to be a single integer value or a"):
+        fc.ConvTranspose2d(1, 1, 3, **{key: (1, 1, 1)})(x, size)
 
 
 @pytest.mark.parametrize("dtype", (mx.float16, mx.bfloat16, mx.float64, mx.complex64), ids=str)

@@ -2,8 +2,10 @@
 
 A failure prints the line that repeats it alone; fuzz.py draws the cases, judge.py judges them.
 """
+import sys
+
 import pytest
-from fuzz import alike, command, draw, shrink, smaller
+from fuzz import Worker, alike, command, draw, shrink, smaller
 from judge import verdict
 
 CASES, PARTS = 600, 12
@@ -41,3 +43,18 @@ def test_a_case_is_the_same_each_time():
     "A number stands for one case, whatever was drawn before it."
     assert draw(3, 7) == draw(3, 7) != draw(3, 8)
     assert alike("gradient 0: error 3.5e+3") == alike("gradient 1: error 2")
+
+
+@pytest.mark.parametrize("program, seconds, word, failure", (
+    ("input(); import os; os.abort()", 60, "crash", "the process ended with -6"),
+    ("raise SystemExit(3)", 60, "crash", "the process ended with 3"),
+    ("import time; time.sleep(60)", 1, "hang", "no answer in 1 seconds"),
+    ("while input(): print('[\"wrong\", \"by 3\"]', flush=True)", 60, "wrong", "by 3"),
+))
+def test_processes_that_die(program, seconds, word, failure):
+    "A crash and a hang are verdicts like others, and the next case has a new process."
+    worker = Worker()
+    worker.command = [sys.executable, "-c", program]
+    for _ in range(2):
+        assert tuple(worker({}, seconds)) == (word, failure)
+    if worker.process: worker.process.kill()
