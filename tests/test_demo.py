@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
+
+from flashconv.demo import develop
 
 COPY = Path(__file__).parents[1] / "nbs" / "images" / "demo.png"
 LINE = re.compile(r"(\w+) +(\(\d+, \d+, \d+\)) +-> (\(\d+, \d+, \d+\)) +\d+\.\d ms  (.+)")
@@ -151,7 +154,7 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path):
     whole = picture(tmp_path, "whole.png", noise(40, 56)).read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.jpg").write_bytes(b"")
-    assert "missing.png: No such file or directory" in refused(run(tmp_path, "missing.png"))
+    assert "can't read missing.png: No such file or directory" in refused(run(tmp_path, "missing.png"))
     assert "cannot identify image file" in refused(run(tmp_path, "notes.txt"))
     assert "truncated" in refused(run(tmp_path, "half.png"))
     assert "cannot identify" in refused(run(tmp_path, "empty.jpg"))
@@ -171,3 +174,11 @@ def test_an_output_that_cannot_be_written_is_one_line_too(tmp_path):
     assert done.returncode == 2
     assert "can't write no/such/folder.png: No such file or directory" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_captions_say_what_came_out():
+    "Sizes after the layer and channels before it, width first as on a picture."
+    captions = {step.name: step.caption for step in develop(mx.zeros((3, 48, 32)))}
+    assert captions["strided"].endswith("down to 4 × 6")
+    assert captions["transposed"].endswith("up to 32 × 48")
+    assert captions["lazy"] == "LazyConv2d: counts 5 channels, mixes them"

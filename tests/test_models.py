@@ -128,6 +128,8 @@ REFUSED = [
     (T.BatchNorm2d(2, momentum=None), "momentum=None"),
     (T.InstanceNorm2d(2, track_running_stats=True), "track_running_stats=True"),
     (T.LayerNorm((2, 3)), "normalized_shape=(2, 3)"), (T.RMSNorm(3), "eps=None"),
+    (T.RMSNorm(3, 1e-5, elementwise_affine=False), "elementwise_affine=False"),
+    (T.Embedding(3, 2, scale_grad_by_freq=True), "scale_grad_by_freq=True"),
     (T.Embedding(3, 2, padding_idx=0), "padding_idx=0"), (T.Embedding(3, 2, max_norm=1.0), "max_norm"),
     (T.Hardtanh(0, 1), "min_val=0"), (T.Softplus(beta=2), "beta=2"), (T.Softmax(0), "dim=0"),
     (T.Softmax(), "dim=None"), (T.GLU(2), "dim=2"), (T.Unflatten(2, (1, 2)), "dim=2"),
@@ -215,6 +217,14 @@ def test_all_is_listed():
     assert len(str(error.value).splitlines()) == 5
     assert [row.path for row in flashconv.conversion_report(theirs)] == [
         "0", "0.branches.0", "0.branches.1", "0.named.norm", "1.0", "1.1", "2"]
+
+
+def test_layers_without_parameters_are_modules():
+    "Modes reach them, and they freeze, as every module of MLX does."
+    theirs = T.Sequential(T.Flatten(), T.Unflatten(1, (2, 2)), T.AdaptiveAvgPool1d(1), T.ZeroPad1d(1))
+    for layer in flashconv.convert_model(theirs.eval()).layers:
+        assert not layer.training and layer.train().training and not layer.eval().training
+        assert layer.freeze().unfreeze() is layer and layer.parameters() == {}
 
 
 def test_what_changes_a_layer_is_refused():
