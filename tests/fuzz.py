@@ -192,7 +192,7 @@ def shrink(case, failure, judge, seconds=60):
 class Worker:
     "A process that judges one case after the other, replaced when it dies or hangs."
 
-    process, command = None, [sys.executable, __file__, "--serve"]
+    process, command = None, [sys.executable, "-W", "ignore", __file__, "--serve"]
 
     def __call__(self, case, seconds=60):
         "The verdict on a case, in one or two words, and what is wrong with it, or None."
@@ -209,8 +209,8 @@ class Worker:
         return answer or ("crash", f"the process ended with {code}")
 
     def start(self):
-        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True)
         self.answers = Queue()
         Thread(target=self.listen, args=(self.process.stdout, self.answers), daemon=True).start()
 
