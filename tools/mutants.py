@@ -51,8 +51,8 @@ TESTS = {  # module: (size of its sample, the quick tests that own it, the slow 
     "algorithms.choice": (60, "choice random", "transforms functional"),
     "algorithms.derivatives": (50, "choice layers", "transforms functional"),
     "algorithms.explain": (15, "choice", ""),
-    "algorithms.tiles": (40, "choice random", "transforms functional"),
-    **{f"algorithms.{name}": (20, "choice random", "transforms functional")
+    "algorithms.tiles": (40, "random choice", "transforms functional"),
+    **{f"algorithms.{name}": (20, "random choice", "transforms functional")
        for name in ("fft", "matmul", "native", "overlap", "taps")}}
 
 
