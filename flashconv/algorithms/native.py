@@ -65,7 +65,7 @@ def _by_mlx(x, w, g):
     if y.shape[1:-1] != out: y = y[(slice(None), *map(slice, out))]
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
 
-# %% ../../nbs/algorithms/native.ipynb #ea749ead
+# %% ../../nbs/algorithms/native.ipynb #50567160
 def native(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -73,7 +73,7 @@ def native(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "`mx.conv_general`, in float32, float16 and bfloat16."
     x, w, padding, stride = as_convolution(x, w, g)
-    g = replace(g, padding=padding, stride=stride, transposed=False)
+    if g.transposed: g = replace(g, padding=padding, stride=stride, transposed=False)
     places = prod(g.output_shape) // g.output_shape[-1 if g.channels_last else 1]
     channels = x.shape[-1 if g.channels_last else 1]
     size = places * channels * prod(g.kernel_size[-2:]) * x.itemsize
