@@ -110,6 +110,7 @@ def _spoil(rng, n, case):
     key = rng.choice(("stride", "padding", "dilation", "output_padding", "groups", "length",
                       "channels", "bias", "rank", "dtype"))
     if key == "output_padding" and "ranspose" not in case["kind"]: key = "padding"
+    if key == "dtype" and not case["in"]: key = "rank"  # PyTorch looks at no dtype there
     if key == "groups": case[key] = rng.choice((0, -1))
     elif key == "length": case["kw"][rng.choice(("stride", "dilation"))] = [1] * (n + 1)
     elif key in ("stride", "padding", "dilation", "output_padding"):
