@@ -201,7 +201,7 @@ def _frame_edge(columns, count, wide, high):
     rows = ceil(count / columns)
     return _edge(wide * columns, high * rows, WIDTH - 0.3 * (columns - 1), HEIGHT - 0.22 * rows)
 
-# %% ../nbs/09_draw.ipynb #309a6e2f
+# %% ../nbs/09_draw.ipynb #6bf1de9b
 @delegates(window, but=["step"])
 def animation(
     layer_or_kernel_size,  # a layer; or taps, an int or a tuple; or weights, a list or an array
@@ -214,7 +214,8 @@ def animation(
     case = _case(layer_or_kernel_size, size, **kwargs)
     if not isinstance(seconds, (int, float)):
         raise TypeError(f"seconds must be a number, but got {type(seconds).__name__}")
-    if not 0 < seconds <= 600: raise ValueError(f"seconds must be above 0 and at most 600, but got {seconds}")
+    if not 0 < seconds <= 600:
+        raise ValueError(f"seconds must be above 0 and at most 600, but got {seconds}")
     sheets = [_Sheet() for _ in range(prod(_places(case)))]
     for step, sheet in enumerate(sheets): _draw_window(sheet, case, step)
     boxes = np.array([sheet.box for sheet in sheets])
