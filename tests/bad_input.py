@@ -491,7 +491,7 @@ def anything_goes(name, argument, label):
     "Flags, what the base classes leave to the call, as PyTorch's do, and values that are right."
     return (name.startswith("_Conv") or "changed" in name
             or argument in ("strict", "assign", "stacked", "transposed", "bias")
-            or (argument, label) in {("dtype", "a dtype"), ("input", "[[1.0]]"),
+            or (argument, label) in {("dtype", "a dtype"), ("input", "[[1.0]]"), ("input", "((1,),)"),
                                      ("layer_or_kernel_size", "[[1.0]]"), ("layers", "((1,),)"),
                                      ("layer_or_kernel", "[[1.0]]"), ("numbers", "a dict")})
 
