@@ -92,6 +92,14 @@ def test_explain_computes_nothing():
     assert text.count("\n") == 3 and "weight gradient" in text
 
 
+@pytest.mark.parametrize("n", (1, 2, 3))
+def test_transposed_without_a_stride_is_a_convolution(n):
+    "It is turned into one, and takes what convolutions take."
+    shape, weight = (8, 64) + (9,) * n, (64, 64) + (2,) * n
+    assert first(shape, weight, output_padding=0).algorithm == "matmul"
+    assert first(shape, weight, output_padding=1, stride=2).algorithm == "overlap_add"
+
+
 @pytest.mark.parametrize("transposed", (False, True))
 @pytest.mark.parametrize("groups", (1, 2))
 def test_flops(transposed, groups):
@@ -222,13 +230,15 @@ def ruled(size, weight, batch=1, groups=1, stride=1, dilation=1, dtype=mx.float3
 @pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
 @pytest.mark.parametrize("name, why, size, weight, kw", (
     # Both sides of each border. Few outputs per group, then more of them, then too many.
-    ("fft", "a long kernel", (63,), (4, 8, 32), {}), ("matmul", "", (62,), (4, 8, 31), {"batch": 64}),
+    ("fft", "a long kernel", (63,), (4, 8, 32), {}),
+    ("matmul", "", (62,), (4, 8, 31), {"batch": 64}),
     ("fft", "many outputs", (71,), (4, 8, 40), {}), ("places", "", (70,), (4, 8, 40), {}),
     ("fft", "a long kernel", (13, 13), (4, 8, 7, 7), {}),
     ("matmul", "", (13, 13), (4, 8, 6, 7), {"batch": 64}),
     ("fft", "a long kernel", (9, 9, 9), (4, 8, 5, 5, 5), {}),
     ("matmul", "", (9, 9, 9), (4, 8, 4, 5, 5), {"batch": 64}),
-    ("fft", "a long kernel", (95,), (5, 8, 48), {}), ("matmul", "", (95,), (5, 8, 47), {"batch": 64}),
+    ("fft", "a long kernel", (95,), (5, 8, 48), {}),
+    ("matmul", "", (95,), (5, 8, 47), {"batch": 64}),
     ("places", "", (95,), (5, 8, 49), {}), ("fft", "a long kernel", (95,), (17, 8, 48), {}),
     ("fft", "a long kernel", (17, 17), (16, 8, 9, 9), {}),
     ("matmul", "", (17, 17), (17, 8, 9, 9), {"batch": 64}),
@@ -254,7 +264,8 @@ def ruled(size, weight, batch=1, groups=1, stride=1, dilation=1, dtype=mx.float3
      {"transposed": True, "stride": 2, "dtype": mx.complex64}),
     ("taps", "no other", (9, 9), (4, 4, 3, 3), {"dtype": mx.int32}),
     ("taps", "one channel", (40,), (16, 1, 3), {"groups": 4}),
-    ("matmul", "", (40,), (20, 1, 3), {"groups": 4}), ("matmul", "", (40,), (16, 1, 1), {"groups": 4}),
+    ("matmul", "", (40,), (20, 1, 3), {"groups": 4}),
+    ("matmul", "", (40,), (16, 1, 1), {"groups": 4}),
     ("matmul", "", (40,), (16, 2, 3), {"groups": 4}),
     ("native", "small", (31, 32), (8, 32, 1, 1), {}), ("matmul", "", (32, 32), (8, 32, 1, 1), {}),
     ("matmul", "", (9, 9), (8, 4, 3, 3), {"groups": 2}),

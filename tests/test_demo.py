@@ -154,7 +154,8 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path):
     whole = picture(tmp_path, "whole.png", noise(40, 56)).read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.jpg").write_bytes(b"")
-    assert "can't read missing.png: No such file or directory" in refused(run(tmp_path, "missing.png"))
+    line = refused(run(tmp_path, "missing.png"))
+    assert "can't read missing.png: No such file or directory" in line
     assert "cannot identify image file" in refused(run(tmp_path, "notes.txt"))
     assert "truncated" in refused(run(tmp_path, "half.png"))
     assert "cannot identify" in refused(run(tmp_path, "empty.jpg"))

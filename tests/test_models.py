@@ -221,7 +221,8 @@ def test_all_is_listed():
 
 def test_layers_without_parameters_are_modules():
     "Modes reach them, and they freeze, as every module of MLX does."
-    theirs = T.Sequential(T.Flatten(), T.Unflatten(1, (2, 2)), T.AdaptiveAvgPool1d(1), T.ZeroPad1d(1))
+    theirs = T.Sequential(T.Flatten(), T.Unflatten(1, (2, 2)), T.AdaptiveAvgPool1d(1),
+                          T.ZeroPad1d(1))
     for layer in flashconv.convert_model(theirs.eval()).layers:
         assert not layer.training and layer.train().training and not layer.eval().training
         assert layer.freeze().unfreeze() is layer and layer.parameters() == {}
