@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make readme | make clean
+# make demo | make test | make bench | make bench-models | make readme | make clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo test bench readme clean
+.PHONY: demo test bench bench-models readme clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python -m flashconv $(PICTURE)
@@ -18,6 +18,9 @@ test: $(VENV)/test-installed
 
 bench: $(VENV)/bench-installed
 	$(BIN)/python benchmarks/layers.py $(BENCH)
+
+bench-models: $(VENV)/bench-installed
+	$(BIN)/python benchmarks/models.py $(BENCH)
 
 readme: $(VENV)/test-installed
 	$(BIN)/python tools/readme.py
