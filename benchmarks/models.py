@@ -19,6 +19,8 @@ from timing import HERE, Suite, arguments, run
 PASSES = {"inference": "inference", "training": "a training step"}
 OURS = "flashconv channels_last"
 RATE = 1e-3  # of learning: the weights stay what they were, but for a little
+TOLERANCE = {"inference": 1e-3,
+             "training": 0.1}  # norms of two small pictures: PyTorch in float32 is 3% off, too
 BATCHES = {"DCGAN generator": 16}  # of a training step; 2 for all others
 
 
@@ -130,7 +132,8 @@ class OnTorch:
         loss = (self.network(self.batch) - self.target).square().mean()
         loss.backward()
         self.optimizer.step()
-        return [loss.detach(), {k: p.grad for k, p in self.network.named_parameters()}]
+        return [loss.detach(), {k: torch.zeros_like(p) if p.grad is None else p.grad
+                                for k, p in self.network.named_parameters()}]
 
     def numpy(self, outputs):
         "What `inference` or `training` gave, the gradients in a row."
@@ -177,7 +180,7 @@ COMPETITORS = (
 
 SUITE = Suite(
     module="models", rows=ROWS, competitors=COMPETITORS, passes=tuple(PASSES), arrays=arrays,
-    reference=reference, tolerance=lambda row: 1e-3, slow=5, seconds=3)
+    reference=reference, tolerance=lambda row, which: TOLERANCE[which], slow=5, seconds=3)
 
 
 # What was found -------------------------------------------------------------------------------

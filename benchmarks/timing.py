@@ -37,7 +37,7 @@ class Suite(NamedTuple):
     passes: tuple  # methods of what a competitor makes
     arrays: object  # row -> what all competitors make theirs from
     reference: object  # row, arrays -> {pass: what PyTorch gives in twice the precision}
-    tolerance: object  # row -> error allowed, of the largest number
+    tolerance: object  # row, pass -> error allowed, of the largest number
     slow: float  # seconds: what takes longer is timed once, when it is tried
     seconds: float  # spent on a competitor in a pass, after three rounds
 
@@ -118,7 +118,7 @@ def warm_up(suite, entry, which, row, expected):
         if times[0] > suite.slow: entry.samples, entry.note = times, "once"
         for got, want in zip(entry.runner.numpy(outputs), expected):
             error = np.abs(got - want).max() / np.abs(want).max()
-            if not error < suite.tolerance(row):
+            if not error < suite.tolerance(row, which):
                 entry.samples, entry.note = [], f"wrong: off by {error:.1e} of the largest"
     except Exception as error: entry.samples, entry.note = [], cannot(error)
 
