@@ -37,6 +37,9 @@ fuzz: $(VENV)/test-installed
 bench: $(VENV)/bench-installed
 	$(BIN)/python benchmarks/layers.py $(BENCH)
 
+bench-models: $(VENV)/bench-installed
+	$(BIN)/python benchmarks/models.py $(BENCH)
+
 readme: $(VENV)/test-installed
 	$(BIN)/python tools/readme.py
 

@@ -1,6 +1,6 @@
 """Who is measured: a layer of each framework, on arrays in the layout it likes.
 
-PyTorch is imported where it is needed only: a probe (see `layers.py`) does without.
+PyTorch is imported where it is needed only: a layer's probe (see `timing.py`) does without.
 """
 from typing import NamedTuple
 
@@ -115,7 +115,6 @@ class OnTorch:
 
     def workspace(self, run):
         "PyTorch doesn't tell on CPUs."
-        return None
 
 
 def reference(row, data):

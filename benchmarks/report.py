@@ -111,12 +111,11 @@ def workspaces(rows, which):
 
 # The files ------------------------------------------------------------------------------------
 
-def write(found, data, table, picture):
-    "The JSON, the Markdown and the SVG."
-    for path in (data, table, picture): path.parent.mkdir(parents=True, exist_ok=True)
+def write(found, data, table, text):
+    "The JSON and the Markdown."
+    for path in (data, table): path.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    table.write_text(markdown(found), encoding="utf-8")
-    draw(found["rows"], picture)
+    table.write_text(text, encoding="utf-8")
 
 
 def summary(found):
@@ -130,15 +129,7 @@ def summary(found):
 
 def markdown(found):
     "Where it ran, the times, the workspace and the floors."
-    m = found["machine"]
-    parts = [
-        "# Times of convolution layers",
-        f"{m['date'][:10]}, {m['cpu']}, {m['cores']} cores (load {m['load'][0]:.1f} before, "
-        f"{m['load_after'][0]:.1f} after), {m['platform']}. flashconv {m['flashconv']}, MLX "
-        f"{m['mlx']}, PyTorch {m['torch']} on {m['torch_threads']} threads.",
-        "\n".join(f"- {name} BLAS: {text}" for name, text in m["blas"].items()),
-        f"Milliseconds: median (minimum) of up to {found['rounds']} interleaved rounds; *once* "
-        "is a single run, in a process of its own. float32 where a row names no other."]
+    parts = ["# Times of convolution layers", *where(found), "float32 where a row names no other."]
     for which, name in NAMES.items():
         parts += [f"## {name.capitalize()}", grid(found["rows"], which, cell_time)]
     parts += ["## Workspace", "MiB at the peak beyond input, weight and outputs; PyTorch doesn't "
@@ -147,11 +138,23 @@ def markdown(found):
     return "\n\n".join(parts) + "\n"
 
 
+def where(found):
+    "Paragraphs: the machine, the libraries, and how to read a time."
+    m = found["machine"]
+    return (
+        f"{m['date'][:10]}, {m['cpu']}, {m['cores']} cores (load {m['load'][0]:.1f} before, "
+        f"{m['load_after'][0]:.1f} after), {m['platform']}. flashconv {m['flashconv']}, MLX "
+        f"{m['mlx']}, PyTorch {m['torch']} on {m['torch_threads']} threads.",
+        "\n".join(f"- {name} BLAS: {text}" for name, text in m["blas"].items()),
+        f"Milliseconds: median (minimum) of up to {found['rounds']} interleaved rounds; *once* "
+        "is a single run. A ratio is one of minima.")
+
+
 def grid(rows, which, cell):
     "A Markdown table of rows by competitors."
-    names = list(rows[0]["passes"]["forward"])
+    names = list(next(iter(rows[0]["passes"].values())))
     if which is None: names = [name for name in names if name not in TORCH]
-    lines = [["layer", *names], ["---", *["---:"] * len(names)]]
+    lines = [["", *names], ["---", *["---:"] * len(names)]]
     lines += [[row["name"], *(cell(row, which, name) for name in names)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -164,7 +167,7 @@ def cell_time(row, which, name):
 
 
 def cell_sizes(row, _, name):
-    sizes = [row["passes"][which][name]["workspace"] for which in NAMES]
+    sizes = [row["passes"][which][name]["workspace"] for which in row["passes"]]
     return " / ".join("-" if size is None else number(size / 2**20) for size in sizes)
 
 
@@ -187,6 +190,7 @@ def draw(rows, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    path.parent.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"svg.hashsalt": "flashconv", "font.size": 9})
     figure, panels = plt.subplots(1, 2, sharey=True, figsize=(10, 1.6 + 0.27 * len(rows)),
                                   layout="constrained")

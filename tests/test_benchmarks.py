@@ -1,4 +1,4 @@
-"""The benchmark runs, and says who couldn't; never how long anything may take."""
+"""The benchmarks run, and say who couldn't; never how long anything may take."""
 import json
 import subprocess
 import sys
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "layers.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True,
-                          text=True, encoding="utf-8", timeout=300)
+def run(*arguments, script="layers.py"):
+    return subprocess.run([sys.executable, BENCHMARKS / script, *map(str, arguments)],
+                          capture_output=True, text=True, encoding="utf-8", timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +53,49 @@ def test_who_cannot_says_so(out):
 def test_no_such_row():
     done = run("--rows", "no such row")
     assert done.returncode == 2 and "no row is called 'no such row'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    "The folder with the files of a quick run on the smallest network."
+    folder = tmp_path_factory.mktemp("bench-models")
+    done = run("--quick", "--rows", "Whisper*", "--out", folder, script="models.py")
+    assert done.returncode == 0, done.stderr
+    assert "OK" in done.stdout or "missed" in done.stdout
+    return folder
+
+
+def test_models(models):
+    "Both passes have times and agree with PyTorch; the floors have figures."
+    found = json.loads((models / "models.json").read_text(encoding="utf-8"))
+    (row,) = found["rows"]
+    assert row["passes"].keys() == {"inference", "training"}
+    for cells in row["passes"].values():
+        assert 0 < cells["flashconv channels_last"]["min"] and 0 < cells["PyTorch"]["min"]
+        assert cells["flashconv channels_last"]["workspace"] > 2**20
+        assert not [cell for cell in cells.values() if cell["note"].startswith("wrong")]
+        assert cells["PyTorch channels_last"]["note"] == "cannot: PyTorch has no such format in 1d"
+    assert found["floors"][-1]["figure"] > 0
+    assert "Whisper stem" in (models / "models.md").read_text(encoding="utf-8")
+
+
+WRONG = """
+import sys
+sys.argv = ["models.py", "--quick", "--rows", "Whisper*", "--out", sys.argv[1]]
+import models, timing
+right = models.OnMLX.numpy
+def off(self, outputs):
+    y, *gradients = right(self, outputs)
+    return [y] if not gradients else [y, 1.5 * gradients[0]]
+models.OnMLX.numpy = off
+models.main()
+"""
+
+
+def test_wrong_gradients_are_an_error(tmp_path):
+    "Gradients half too large end the run with an error that says whose and how far."
+    done = subprocess.run([sys.executable, "-c", WRONG, tmp_path], capture_output=True, text=True,
+                          cwd=BENCHMARKS, timeout=300)
+    assert done.returncode == 1
+    assert "Whisper stem, training, flashconv channels_last: wrong: off by 5.0e-01" in done.stderr
+    assert "inference" not in done.stderr
