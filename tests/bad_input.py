@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -282,8 +283,17 @@ if torch:
     alone("others", "from_torch", layer=lambda: torch.nn.Conv1d(2, 4, 3),
           data_format="channels_last")
     alone("others", "to_torch", layer=_conv1d)
+    alone("others", "to_torch_state", model=_conv1d)
+    for name in ("convert_model", "conversion_report"):
+        alone("others", name, model=lambda: torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3)),
+              data_format="channels_last", modules=None)
 alone("others", "from_mlx", layer=lambda: mlx.nn.Conv1d(2, 4, 3))
 alone("others", "to_mlx", layer=_conv1d)
+alone("others", "load_torch_state", model=_conv1d, source=lambda: dict(_conv1d().state_dict()))
+alone("others", "save_torch_state", model=_conv1d,
+      file=lambda: os.path.join(tempfile.mkdtemp(), "state.safetensors"))
+for name in ("upgrade", "downgrade"):
+    alone("others", name, model=lambda: mlx.nn.Sequential(mlx.nn.Conv1d(2, 4, 3)))
 alone("draw", "draw.window", layer_or_kernel_size=3, size=6, stride=1, padding=1, dilation=1,
       output_padding=0, transposed=False, step=None, input=None)
 alone("draw", "draw.frames", layer_or_kernel_size=3, size=6, steps=(0, 1))

@@ -270,10 +270,9 @@ def _their_jvp(f):
 @contextmanager
 def _watched():
     "A list of every run of an algorithm."
-    seen = []
-    derivatives._watchers.append(seen)
+    token = derivatives._watchers.set((seen := [],))
     try: yield seen
-    finally: derivatives._watchers.remove(seen)
+    finally: derivatives._watchers.reset(token)
 
 
 @contextmanager

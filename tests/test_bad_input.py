@@ -21,7 +21,7 @@ bad_input = importlib.import_module("bad_input")
 NOT_CALLED_BY_USERS = {  # public to other modules, which pass what has been checked
     "arithmetic": {"as_int", "is_one_of", "as_ints", "as_tuple", "check_limit", "conv_geometry",
                    "Geometry", "ReceptiveField"},
-    "padding": {"check_array", "pad_axes"}, "blas": {"Info"}, "base": {"IncompatibleKeys"},
+    "padding": {"check_array", "flip", "pad_axes"}, "blas": {"Info"}, "base": {"IncompatibleKeys"},
     "draw": {"Picture", "BLUE", "ORANGE", "CYAN", "INK", "GREY", "PAPER", "WIDTH", "HEIGHT",
              "FONT"},
     "explain": {"Run", "Explanation"}}

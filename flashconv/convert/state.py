@@ -75,14 +75,16 @@ def _from_place(place):
     axis = _moved(place)
     return place.array if axis is None else _move(place.array, -1, axis)
 
-# %% ../../nbs/12_state.ipynb #9348c864
+# %% ../../nbs/12_state.ipynb #4d9bd8d3
 def _read(path):
     "The state in a file."
+    if path.suffix not in (*_PICKLES, ".safetensors"):
+        raise ValueError("expected source to be a dict or a file named .safetensors, "
+                         f"{', '.join(_PICKLES)}, but got {path}")
     with open(path, "rb"): pass  # or the error that says why not
-    if path.suffix == ".safetensors": return _read_safetensors(path)
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"): return _read_pickle(path)
-    raise ValueError("expected a file named .safetensors, .pt, .pth, .bin or .ckpt, but got "
-                     f"{path}")
+    return _read_pickle(path) if path.suffix in _PICKLES else _read_safetensors(path)
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 def _read_safetensors(path):
     try: state, metadata = mx.load(str(path), return_metadata=True)
@@ -168,12 +170,12 @@ def load_torch_state(
     for name, array in arrays.items(): places[name].put(_to_place(array, places[name]))
     return keys
 
-# %% ../../nbs/12_state.ipynb #c5adc1ab
+# %% ../../nbs/12_state.ipynb #0a6e8831
 def _checked(state, file):
     "A copy of the state without the names that mlx.nn has not. Refuses what holds no arrays."
-    what = file or "state_dict"
+    what = file or "source"
     if not hasattr(state, "items"):
-        raise TypeError(f"Expected {what} to be dict-like, got {type(state)}.")
+        raise TypeError(f"Expected {what} to be a file's name or dict-like, got {type(state)}.")
     nested = [name for name, value in state.items() if hasattr(value, "items")]
     if nested:
         raise RuntimeError(f"{what} holds dicts under {nested} and is no state itself: pass the "
@@ -207,7 +209,7 @@ def _torch_arrays(model):
         if type(place.array) is UninitializedParameter: place.layer.items()  # which refuses
     return {name: _from_place(place) for name, place in places.items()}
 
-# %% ../../nbs/12_state.ipynb #6f5e318c
+# %% ../../nbs/12_state.ipynb #ef9645c9
 def save_torch_state(
     model: nn.Module,  # any model, of these layers and mlx.nn's
     file: str | os.PathLike,  # to write, ending in .safetensors
@@ -217,6 +219,8 @@ def save_torch_state(
     Raises `ValueError` for another ending and for float64, `OSError` or `RuntimeError` where it
     can't be written; a file that was there stays whole then.
     """
+    if not isinstance(file, (str, os.PathLike)):
+        raise TypeError(f"expected file to be a str or a path, but got {type(file)}")
     file, arrays = Path(file), _torch_arrays(model)
     if file.suffix != ".safetensors":
         raise ValueError(f"expected a file named .safetensors, but got {file}")

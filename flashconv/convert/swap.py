@@ -25,12 +25,14 @@ def _layers(holder, kind, path=()):
         if isinstance(value, kind): yield holder, key, (*path, str(key)), value
         else: yield from _layers(value, kind, (*path, str(key)))
 
-# %% ../../nbs/14_swap.ipynb #85294415
+# %% ../../nbs/14_swap.ipynb #b0dec5ab
 def _exchange(model, kind, convert):
     "Replace layers of a kind by what `convert` makes of them; warn of those that it refuses."
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an mlx.nn.Module, but got {type(model)}")
-    if isinstance(model, kind): return convert(model)
+    if isinstance(model, kind):
+        try: return convert(model)
+        except ValueError as error: raise ValueError(f"model can't be replaced: {error}") from None
     found, made, kept = list(_layers(model, kind)), {}, []
     for _, _, path, layer in found:
         if id(layer) in made: continue
