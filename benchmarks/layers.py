@@ -17,11 +17,12 @@ SUITE = Suite(
 
 def main():
     options = arguments(SUITE, __doc__, "depthwise*")
-    found = run(SUITE, options, report.floors)
     results, pictures = options.out or HERE, options.out or HERE.parent / "nbs" / "images"
-    report.write(found, results / "results.json", results / "results.md", report.markdown(found))
-    report.draw(found["rows"], pictures / "benchmark.svg")
-    print(report.summary(found))
+    def write(found):
+        report.write(found, results / "results.json", results / "results.md",
+                     report.markdown(found))
+        report.draw(found["rows"], pictures / "benchmark.svg")
+    print(report.summary(run(SUITE, options, report.floors, write)))
     print(f"wrote {results}/results.json, results.md and {pictures}/benchmark.svg")
 
 

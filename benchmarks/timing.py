@@ -237,15 +237,17 @@ def arguments(suite, description, example):
     return options
 
 
-def run(suite, options, floors):
-    "The chosen rows' figures, and the floors they are held to."
+def run(suite, options, floors, write):
+    "The chosen rows' figures, and the floors they are held to; written after each row."
     rounds, patience = (3, 10) if options.quick else (20, 120)
+    if options.quick: suite = suite._replace(slow=1)
     found = {"machine": machine(), "rounds": rounds, "rows": []}
     for done, row in enumerate(options.chosen):
         progress(done, len(options.chosen), row.name)
         found["rows"].append({**row._asdict(),
                               "passes": measure(suite, row, rounds, patience)})
+        found["machine"]["load_after"] = os.getloadavg()
+        found["floors"] = [floor._asdict() for floor in floors(found["rows"])]
+        write(found)
     progress(len(options.chosen), len(options.chosen), "done")
-    found["machine"]["load_after"] = os.getloadavg()
-    found["floors"] = [floor._asdict() for floor in floors(found["rows"])]
     return found
