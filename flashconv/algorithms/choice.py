@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'possible', 'algorithm', 'choose', 'choose_and_say_why']
 
-# %% ../../nbs/algorithms/choice.ipynb #aa00343f
+# %% ../../nbs/algorithms/choice.ipynb #df5f14c9
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,10 +16,11 @@ import mlx.core as mx
 
 from .. import blas
 from .fft import fft
-from .matmul import matmul
+from .matmul import column_bytes, matmul
 from .native import native
 from .overlap import overlap_add
 from .taps import places, taps
+from .tiles import WHOLE
 from ..arithmetic import Geometry, is_one_of
 
 # %% ../../nbs/algorithms/choice.ipynb #24239aeb
@@ -74,7 +75,7 @@ def _is_long(g, n_taps, n_places, per_group):
     if per_group <= 4: return min(n_taps, n_places) >= few
     return some <= n_taps <= n_places and (len(g.stride) == 1 or per_group <= 16)
 
-# %% ../../nbs/algorithms/choice.ipynb #ef6aa850
+# %% ../../nbs/algorithms/choice.ipynb #0a2a3e4d
 def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
     "The same for what is neither transposed nor long, on a CPU."
     if inner == 1 and per_group <= 4 and n_taps > 1: return "taps", "one channel per group"
@@ -83,6 +84,9 @@ def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
     if plain and max(work, copied) < _SMALL: return "native", "small: the fewest operations win"
     as_good = g.channels_last and 1 < n_taps and n_places >= 256 and len(g.stride) < 3
     if plain and as_good and fast_blas: return "native", "dense and channels last: as MLX has it"
+    narrow = inner >= max(256, 2 * per_group)  # the sums are smaller than what goes in
+    if fast_blas and narrow and column_bytes(g, inner * g.groups, 4) > WHOLE:
+        return "taps", "columns too large to have whole, and fewer outputs than inputs"
     return "matmul", "a matrix product with the columns"
 
 # %% ../../nbs/algorithms/choice.ipynb #86b36985
