@@ -5,43 +5,46 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'possible', 'algorithm', 'choose', 'choose_and_say_why']
 
-# %% ../../nbs/algorithms/choice.ipynb #df5f14c9
+# %% ../../nbs/algorithms/choice.ipynb #2943e685
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from math import prod
+from math import inf, prod
 
 import mlx.core as mx
 
 from .. import blas
 from .fft import fft
 from .matmul import column_bytes, matmul
+from .mec import mec
 from .native import native
 from .overlap import overlap_add
-from .taps import places, taps
+from .places import places
+from .taps import taps
 from .tiles import WHOLE
-from ..arithmetic import Geometry, is_one_of
+from ..arithmetic import Geometry, effective_kernel_size, is_one_of
 
-# %% ../../nbs/algorithms/choice.ipynb #24239aeb
-ALGORITHMS = {f.__name__: f for f in (native, matmul, taps, places, fft, overlap_add)}
+# %% ../../nbs/algorithms/choice.ipynb #2925c1fb
+ALGORITHMS = {f.__name__: f for f in (native, matmul, mec, taps, places, fft, overlap_add)}
 
 def possible(
     g: Geometry,  # the checked call
     dtype: mx.Dtype,  # of input and weight
 ) -> list:  # names, in the order of `ALGORITHMS`
     "The names of the algorithms that are defined for a call."
-    half = dtype in (mx.float16, mx.bfloat16)
+    half, inexact = dtype in (mx.float16, mx.bfloat16), mx.issubdtype(dtype, mx.inexact)
     defined = dict(
         native=dtype == mx.float32 or half and len(g.stride) < 3,
-        matmul=mx.issubdtype(dtype, mx.inexact) and not g.transposed,
+        matmul=inexact and not g.transposed,
+        mec=inexact and not g.transposed,
         taps=True,
         places=not g.transposed,
         fft=half or dtype == mx.float32,
-        overlap_add=g.transposed and mx.issubdtype(dtype, mx.inexact))
+        overlap_add=inexact and g.transposed)
     return [name for name in ALGORITHMS if defined[name]]
 
-# %% ../../nbs/algorithms/choice.ipynb #0f228c6c
+# %% ../../nbs/algorithms/choice.ipynb #172cac09
 _MOST_STEPS = 256  # a longer graph costs more than it saves
 _MOST_STAMPS = 16  # on one output, of a kernel with more taps than that
 _SMALL = 2**18  # multiplications that take as long as preparing a few operations
@@ -52,50 +55,74 @@ def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
     out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
     n_taps, n_places, names = prod(g.kernel_size), prod(out), possible(g, dtype)
     inner, per_group = weight_shape[1], weight_shape[0] // g.groups
-    if not on_gpu and "fft" in names and _is_long(g, n_taps, n_places, per_group):
+    if not on_gpu and "fft" in names and _is_long(g, n_taps, n_places, per_group, fast_blas):
         return "fft", "a long kernel" if n_taps <= n_places else "many outputs of a long kernel"
     if "places" in names and n_places < n_taps and n_places <= _MOST_STEPS:
         return "places", "fewer outputs than taps"
     if "overlap_add" in names and n_taps <= max(_MOST_STEPS, _MOST_STAMPS * prod(g.stride)):
         return "overlap_add", "transposed with a stride"
-    if n_taps > _MOST_STEPS and "native" in names:
+    strips = inf if on_gpu or not fast_blas else _strips(g, n_taps, n_places, inner, per_group)
+    if n_taps > _MOST_STEPS and "native" in names and strips >= 1:
         return "native", f"more than {_MOST_STEPS} taps"
     if "matmul" not in names: return "taps", "what no other algorithm takes"
     if on_gpu:
         return ("native", "a GPU has a kernel for it") if "native" in names else (
             "matmul", "MLX's convolution lacks this dtype")
     plain = dtype in (mx.float32, mx.float16, mx.bfloat16) and g.groups == max(g.dilation) == 1
-    return _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas)
+    return _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas, strips)
 
-# %% ../../nbs/algorithms/choice.ipynb #4f54c5e1
-def _is_long(g, n_taps, n_places, per_group):
+# %% ../../nbs/algorithms/choice.ipynb #d036b36e
+def _is_long(g, n_taps, n_places, per_group, fast_blas):
     "Whether transforms take less time than a product per tap, or one per output place."
     if g.transposed or max(*g.stride, *g.dilation) > 1: return False
-    few, some = {1: (32, 48), 2: (49, 81), 3: (125, 200)}[len(g.stride)]
-    if per_group <= 4: return min(n_taps, n_places) >= few
-    return some <= n_taps <= n_places and (len(g.stride) == 1 or per_group <= 16)
+    axes, strips = len(g.stride), fast_blas and len(g.stride) > 1
+    few, some = {1: (32, 48), 2: (100, 441) if strips else (49, 81),
+                 3: (125, 343) if strips else (125, 200)}[axes]
+    if per_group <= (2 if strips else 4): return min(n_taps, n_places) >= few
+    return some <= n_taps <= n_places and (axes == 1 or per_group <= 16)
 
-# %% ../../nbs/algorithms/choice.ipynb #0a2a3e4d
-def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas):
+# %% ../../nbs/algorithms/choice.ipynb #92600fc4
+def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas, strips):
     "The same for what is neither transposed nor long, on a CPU."
-    if inner == 1 and per_group <= 4 and n_taps > 1: return "taps", "one channel per group"
     work = prod(g.output_shape) * inner * n_taps
     copied = g.output_shape[0] * n_places * prod(g.stride) * inner  # by MLX, to have it in a row
     if plain and max(work, copied) < _SMALL: return "native", "small: the fewest operations win"
-    as_good = g.channels_last and 1 < n_taps and n_places >= 256 and len(g.stride) < 3
-    if plain and as_good and fast_blas: return "native", "dense and channels last: as MLX has it"
+    depthwise = inner == 1 and per_group <= 4 and n_taps > 1
+    as_mlx = plain and g.channels_last and 1 < n_taps and n_places >= 256 and len(g.stride) < 3
+    if strips < (0.6 if as_mlx else 1):
+        return "mec", "strips of the width, with fewer copies than columns"
+    if depthwise: return "taps", "one channel per group"
+    if as_mlx and fast_blas: return "native", "dense and channels last: as MLX has it"
     narrow = inner >= max(256, 2 * per_group)  # the sums are smaller than what goes in
     if fast_blas and narrow and column_bytes(g, inner * g.groups, 4) > WHOLE:
         return "taps", "columns too large to have whole, and fewer outputs than inputs"
     return "matmul", "a matrix product with the columns"
 
-# %% ../../nbs/algorithms/choice.ipynb #86b36985
+# %% ../../nbs/algorithms/choice.ipynb #eb820bb2
+def _strips(g, n_taps, n_places, inner, per_group):
+    "What strips copy, as a part of what columns do; infinitely much where they are no use."
+    n, channels, outputs = g.output_shape[0], inner * g.groups, per_group * g.groups
+    columns = n * n_places * channels * n_taps
+    no_use = g.transposed or len(g.stride) == 1 or max(g.stride[:-1]) > 1
+    if no_use or n_taps == 1 or columns == 0: return inf
+    out, width = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:], g.kernel_size[-1]
+    spans = effective_kernel_size(g.kernel_size, g.dilation)
+    rows = n * out[-1] * prod(o + span - 1 for o, span in zip(out[:-1], spans))
+    copied = rows * channels * width + 3 * outputs * inner * n_taps
+    if g.channels_last and g.groups == 1:
+        return (copied + 0.3 * n * n_places * outputs * (n_taps // width)) / columns
+    wasted = (rows - n * n_places) * channels * n_taps * per_group
+    sums = 0.75 * rows * outputs * (n_taps // width)
+    layout = n * n_places * (channels + outputs) if g.channels_last else 0
+    return (copied + sums + wasted / 200 + 2 * layout) / columns
+
+# %% ../../nbs/algorithms/choice.ipynb #11b60de6
 _forced = ContextVar("algorithm", default=None)
 _tuned = {}  # (geometry, weight's shape, dtype, device) -> name, from `tune`
 
 @contextmanager
 def algorithm(
-    name: str,  # "native", "matmul", "taps", "places", "fft" or "overlap_add"
+    name: str,  # "native", "matmul", "mec", "taps", "places", "fft" or "overlap_add"
 ):
     """Have every convolution in a `with` block run by one algorithm.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['convolve', 'input_gradient', 'weight_gradient', 'add_bias']
 
-# %% ../../nbs/algorithms/derivatives.ipynb #72e5f63e
+# %% ../../nbs/algorithms/derivatives.ipynb #3a6bfa91
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
@@ -16,9 +16,10 @@ import mlx.core as mx
 from .choice import choose
 from .matmul import matmul
 from .native import as_convolution
+from .taps import added
 from ..arithmetic import Geometry, transposed_output_size
 
-# %% ../../nbs/algorithms/derivatives.ipynb #f24c2456
+# %% ../../nbs/algorithms/derivatives.ipynb #e3e6e9e1
 def convolve(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -60,17 +61,23 @@ def _exchanged(x, w, g, force):
     y = mx.flatten(mx.unflatten(y, 1, (g.groups, n)).swapaxes(0, 2), 1, 2)  # (N, O, *out)
     return mx.moveaxis(y, 1, -1) if last else y
 
-# %% ../../nbs/algorithms/derivatives.ipynb #9fb8a973
+# %% ../../nbs/algorithms/derivatives.ipynb #ed6b0c56
 @lru_cache(maxsize=4096)
 def _with_rules(algorithm, g):
     "An algorithm as a function of two arrays that MLX differentiates and batches by our rules."
     @mx.custom_function
-    def run(x, w): return algorithm(x, w, g)
+    def run(x, w): return algorithm(mx.stop_gradient(x), mx.stop_gradient(w), g)
 
     @run.vjp
     def _(primals, cotangent, output):
         x, w = map(mx.conj, primals) if output.dtype == mx.complex64 else primals
         return input_gradient(cotangent, w, g, x.shape), weight_gradient(x, cotangent, g)
+
+    @run.jvp
+    def _(primals, tangents):
+        (x, w), (dx, dw) = primals, tangents
+        changes = [] if dx is None else [run(dx, w)]
+        return added(changes if dw is None else [*changes, run(x, dw)])
 
     @run.vmap
     def _(arrays, axes): return _batched(*arrays, *axes, g), 0

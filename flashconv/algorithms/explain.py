@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'Explanation', 'explain', 'tune']
 
-# %% ../../nbs/algorithms/explain.ipynb #c9446cd2
+# %% ../../nbs/algorithms/explain.ipynb #86b4fede
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from . import choice, derivatives
 from .matmul import column_bytes
+from .mec import strip_bytes
 from ..arithmetic import as_ints, check_limit
 
 # %% ../../nbs/algorithms/explain.ipynb #deb10db8
@@ -53,15 +54,15 @@ def _watched(call, *args):
 
 def _runs(part, call): return [_run(part, *each) for each in _watched(call)]
 
-# %% ../../nbs/algorithms/explain.ipynb #585ef195
+# %% ../../nbs/algorithms/explain.ipynb #18f7cc1a
 def _run(part, algorithm, x, w, g):
     "What there is to say about one convolution."
     name, why = algorithm.__name__, choice.choose_and_say_why(g, w.shape, x.dtype)[1]
     size, channels = max(4, x.itemsize), x.shape[-1 if g.channels_last else 1]
     column = column_bytes(g, channels, size)
     sums, values = prod(g.output_shape) * size, x.size // channels
-    workspace = dict(native=column, matmul=column, taps=3 * sums,
-                     places=column,
+    workspace = dict(native=column, matmul=column, places=column, taps=3 * sums,
+                     mec=strip_bytes(g, x.shape, len(w), size),
                      overlap_add=prod(g.kernel_size) * values * w.shape[1] * g.groups * size,
                      fft=2 * (x.size * size + sums))
     places = values if g.transposed else sums // size // len(w)
