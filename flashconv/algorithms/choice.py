@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'possible', 'algorithm', 'choose', 'choose_and_say_why']
 
-# %% ../../nbs/algorithms/choice.ipynb #2943e685
+# %% ../../nbs/algorithms/choice.ipynb #a10ecd06
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,13 +16,12 @@ import mlx.core as mx
 
 from .. import blas
 from .fft import fft
-from .matmul import column_bytes, matmul
+from .matmul import matmul
 from .mec import mec
 from .native import native
 from .overlap import overlap_add
 from .places import places
 from .taps import taps
-from .tiles import WHOLE
 from ..arithmetic import Geometry, effective_kernel_size, is_one_of
 
 # %% ../../nbs/algorithms/choice.ipynb #2925c1fb
@@ -81,7 +80,7 @@ def _is_long(g, n_taps, n_places, per_group, fast_blas):
     if per_group <= (2 if strips else 4): return min(n_taps, n_places) >= few
     return some <= n_taps <= n_places and (axes == 1 or per_group <= 16)
 
-# %% ../../nbs/algorithms/choice.ipynb #92600fc4
+# %% ../../nbs/algorithms/choice.ipynb #32c00087
 def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas, strips):
     "The same for what is neither transposed nor long, on a CPU."
     work = prod(g.output_shape) * inner * n_taps
@@ -93,9 +92,6 @@ def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas, strip
         return "mec", "strips of the width, with fewer copies than columns"
     if depthwise: return "taps", "one channel per group"
     if as_mlx and fast_blas: return "native", "dense and channels last: as MLX has it"
-    narrow = inner >= max(256, 2 * per_group)  # the sums are smaller than what goes in
-    if fast_blas and narrow and column_bytes(g, inner * g.groups, 4) > WHOLE:
-        return "taps", "columns too large to have whole, and fewer outputs than inputs"
     return "matmul", "a matrix product with the columns"
 
 # %% ../../nbs/algorithms/choice.ipynb #eb820bb2

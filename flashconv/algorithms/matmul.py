@@ -67,7 +67,7 @@ def column_bytes(
     places = prod(g.output_shape) // g.output_shape[-1 if g.channels_last else 1]
     return places * channels * prod(g.kernel_size) * itemsize if prod(g.kernel_size) > 1 else 0
 
-# %% ../../nbs/algorithms/matmul.ipynb #bc744284
+# %% ../../nbs/algorithms/matmul.ipynb #e57e317e
 def matmul(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -77,4 +77,4 @@ def matmul(
     dtype = x.dtype
     if dtype in (mx.float16, mx.bfloat16): x, w = x.astype(mx.float32), w.astype(mx.float32)
     size = column_bytes(g, x.shape[-1 if g.channels_last else 1], x.itemsize)
-    return in_tiles(_padded_and_multiplied, x, w, g, size).astype(dtype)
+    return in_tiles(_padded_and_multiplied, x, w, g, size, least=w.nbytes).astype(dtype)

@@ -23,15 +23,13 @@ def _slices(g, axes):
     out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
     return slices(*(of[axes] for of in (g.kernel_size, g.dilation, out, g.stride)))
 
-# %% ../../nbs/algorithms/mec.ipynb #af092552
+# %% ../../nbs/algorithms/mec.ipynb #bcff7e07
 def _one_product(x, w, g):
     "A convolution as the sum of slices of one product, computed channels first."
     if g.channels_last: x = mx.contiguous(mx.moveaxis(x, -1, 1))
     x = pad_axes(x, {2 + axis: amounts for axis, amounts in enumerate(g.padding)})
     x = mx.stack([x[where] for _, where in _slices(g, _WIDTH)], 2)
     n_taps, spatial = prod(g.kernel_size[:-1]), x.shape[3:]
-    w = w.reshape(g.groups, len(w) // g.groups, w.shape[1], n_taps, -1)
-    w = mx.flatten(mx.flatten(mx.moveaxis(w, 3, 1), 1, 2), 2)
     y = w @ x.reshape(len(x), g.groups, -1, prod(spatial))
     y = y.reshape(len(x), g.groups, n_taps, -1, *spatial)
     y = added([y[:, :, tap][(*where, slice(None))]
@@ -39,18 +37,26 @@ def _one_product(x, w, g):
     y = mx.flatten(y, 1, 2)
     return mx.contiguous(mx.moveaxis(y, 1, -1)) if g.channels_last else y
 
-# %% ../../nbs/algorithms/mec.ipynb #bdb84fd0
+def _in_one(w, g):
+    "The weight for it: (groups, taps * O/groups, C/groups * taps of the width)."
+    w = w.reshape(g.groups, len(w) // g.groups, w.shape[1], prod(g.kernel_size[:-1]), -1)
+    return mx.flatten(mx.flatten(mx.moveaxis(w, 3, 1), 1, 2), 2)
+
+# %% ../../nbs/algorithms/mec.ipynb #6eed01d5
 def _products(x, w, g):
     "A convolution as a sum of products, channels last, in one group."
     x = pad_axes(x, {1 + axis: amounts for axis, amounts in enumerate(g.padding)})
-    x = mx.concatenate([x[(*where, slice(None))] for _, where in _slices(g, _WIDTH)], -1)
-    w = mx.contiguous(mx.moveaxis(mx.moveaxis(w, 0, -1), 0, -2))
-    w, y = w.reshape(*g.kernel_size[:-1], -1, w.shape[-1]), None
+    x, y = mx.concatenate([x[(*where, slice(None))] for _, where in _slices(g, _WIDTH)], -1), None
     for tap, where in _slices(g, _OTHERS):
         strips = mx.flatten(x[(*where, slice(None), slice(None))], -3, -2)
         matrix = w[(*tap, *(None,) * (strips.ndim - 2))]
         y = strips @ matrix if y is None else mx.addmm(y, strips, matrix)
     return y.reshape(g.output_shape)
+
+def _by_rows(w, g):
+    "The weight for that: (*taps, taps of the width * C, O)."
+    w = mx.contiguous(mx.moveaxis(mx.moveaxis(w, 0, -1), 0, -2))
+    return w.reshape(*g.kernel_size[:-1], -1, w.shape[-1])
 
 # %% ../../nbs/algorithms/mec.ipynb #356d0705
 def strip_bytes(
@@ -66,7 +72,7 @@ def strip_bytes(
     channels = shape[-1 if g.channels_last else 1]
     return shape[0] * rows * out[-1] * (channels * g.kernel_size[-1] + sums) * itemsize
 
-# %% ../../nbs/algorithms/mec.ipynb #d735bd96
+# %% ../../nbs/algorithms/mec.ipynb #513e8c61
 def mec(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -76,5 +82,6 @@ def mec(
     dtype = x.dtype
     if dtype in (mx.float16, mx.bfloat16): x, w = x.astype(mx.float32), w.astype(mx.float32)
     size = strip_bytes(g, x.shape, len(w), x.itemsize)
-    if g.channels_last and g.groups == 1: return in_tiles(_products, x, w, g, size).astype(dtype)
-    return in_tiles(_one_product, x, w, g, size, least=4 * TILE).astype(dtype)
+    if g.channels_last and g.groups == 1: f, w, least = _products, _by_rows(w, g), TILE
+    else: f, w, least = _one_product, _in_one(w, g), 4 * TILE
+    return in_tiles(f, x, w, g, size, least=max(least, w.nbytes)).astype(dtype)

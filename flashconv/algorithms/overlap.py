@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['overlap_add']
 
-# %% ../../nbs/algorithms/overlap.ipynb #8e0b969e
+# %% ../../nbs/algorithms/overlap.ipynb #9ca0a81f
+from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -51,13 +52,22 @@ def _halo(axes):
     "Rows of stamps beyond the number of outputs."
     return axes[0].span + any(axis.span for axis in axes[1:])
 
-# %% ../../nbs/algorithms/overlap.ipynb #4c56ff89
+# %% ../../nbs/algorithms/overlap.ipynb #dd653aef
+_FEW = 128  # input channels, up to which a product with zeros takes less time than a copy
+
 def _stamps(x, w, pads, last):
     "(groups, O, taps, N, places) or (groups, N, places, taps, O), of inputs with groups in front."
-    x = pad_axes(x, {(2 if last else 3) + axis: pad for axis, pad in enumerate(pads)})
+    spatial, late = 2 if last else 3, w.shape[1] > _FEW
     many, inner, images = *w.shape[:2], x.shape[1 if last else 2]
+    x = pad_axes(x, {spatial + axis: (min(a, 0), min(b, 0)) if late else (a, b)
+                     for axis, (a, b) in enumerate(pads)})
+    sizes = x.shape[spatial : spatial + len(pads)]
     if last: y = x.reshape(many, -1, inner) @ w.reshape(many, inner, -1)
     else: y = w.reshape(many, inner, -1).swapaxes(1, 2) @ x.reshape(many, inner, -1)
+    if late:
+        y = y.reshape(many, *((images, *sizes, -1) if last else (-1, images, *sizes)))
+        y = pad_axes(y, {spatial + axis: (max(a, 0), max(b, 0))
+                         for axis, (a, b) in enumerate(pads)})
     shape = (images, -1, *w.shape[2:]) if last else (*w.shape[2:], images, -1)
     return y.reshape(many, *shape)
 
@@ -95,13 +105,14 @@ def _tiles(axes, images, groups, outputs, size):
     return product(*([slice(i, min(i + max(1, step), n)) for i in range(0, n, max(1, step))]
                      for n, step in zip(lengths, steps)))
 
-# %% ../../nbs/algorithms/overlap.ipynb #6aa8261e
+# %% ../../nbs/algorithms/overlap.ipynb #f215776a
 def overlap_add(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # everything else, of a transposed convolution
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "A product of the weights with the input, overlapped and added; not for integers."
+    if g.channels_last and x.size * g.groups < w.shape[0] ** 2: return _through_channels_first(x, w, g)
     last, n = g.channels_last, len(g.stride)
     sizes, out = (s[1:-1] if last else s[2:] for s in (x.shape, g.output_shape))
     axes = [_axis(*of_axis) for of_axis in zip(g.kernel_size, g.stride, (p[0] for p in g.padding),
@@ -113,6 +124,12 @@ def overlap_add(
     for tile in _tiles(axes, y.shape[0], *channels, prod(g.kernel_size) * max(4, x.itemsize)):
         for where, part in _tile(x, w, g, axes, tile): y[where] = part.astype(y.dtype)
     return y.reshape(g.output_shape)
+
+# %% ../../nbs/algorithms/overlap.ipynb #54ce354e
+def _through_channels_first(x, w, g):
+    n, *out, channels = g.output_shape
+    g = replace(g, channels_last=False, output_shape=(n, channels, *out))
+    return mx.contiguous(mx.moveaxis(overlap_add(mx.moveaxis(x, -1, 1), w, g), 1, -1))
 
 # %% ../../nbs/algorithms/overlap.ipynb #5c924ac3
 def _grouped(x, w, g):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['places']
 
-# %% ../../nbs/algorithms/places.ipynb #6209ee8c
+# %% ../../nbs/algorithms/places.ipynb #00526956
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -13,7 +13,7 @@ from math import prod
 import mlx.core as mx
 
 from .taps import added, channel_products, channels_first, in_full_precision, slices
-from .tiles import MOST_TILES, TILE, WHOLE, by_groups, runs
+from .tiles import MOST_TILES, TILE, WHOLE, by_batch, by_groups, runs
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
@@ -101,14 +101,15 @@ def _part(x, w, g, axis, start, stop):
     kernel[axis] = stop - start
     return x, w, replace(g, kernel_size=tuple(kernel), padding=tuple(padding))
 
-# %% ../../nbs/algorithms/places.ipynb #8e7c9626
+# %% ../../nbs/algorithms/places.ipynb #92a2da32
 def _in_parts(x, w, g, limit=WHOLE):
-    "A convolution, channels first, as a sum of parts of `limit` bytes; groups come in smaller ones."
+    "A convolution, channels first, in parts of at most `limit` bytes."
     size, lengths = _bytes(x, w, g)[0], w.shape[1:]
     if size <= limit or g.groups == max(lengths) == 1: return _placed(x, w, g)
     limit = max(limit, size // MOST_TILES)
-    if g.groups > 1:
-        tiles, axis = by_groups(x, w, g, -(-size // max(TILE, limit // 8)))
+    if g.groups > 1 or len(x) > 1 and prod(g.output_shape) > w.size:
+        cut = by_groups if g.groups > 1 else by_batch
+        tiles, axis = cut(x, w, g, -(-size // max(TILE, limit // 8)))
         return mx.concatenate([_in_parts(*tile, limit) for tile in tiles], axis)
     longest = lengths.index(max(lengths))
     return added([_in_parts(*_part(x, w, g, longest - 1, *run), limit)
