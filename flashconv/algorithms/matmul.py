@@ -5,39 +5,35 @@
 # %% auto #0
 __all__ = ['columns', 'column_bytes', 'matmul']
 
-# %% ../../nbs/algorithms/matmul.ipynb #6379d95d
+# %% ../../nbs/algorithms/matmul.ipynb #f018acb9
 from math import prod
 
 import mlx.core as mx
 
 from .. import blas
 from .native import as_convolution
-from .taps import slices
+from .taps import OTHERS, WIDTH, tap_slices
 from .tiles import in_tiles
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/matmul.ipynb #e378f89b
+# %% ../../nbs/algorithms/matmul.ipynb #7a06290a
 def columns(
     x: mx.array,  # (N, C, *spatial), padded
     g: Geometry,  # of a convolution that is not transposed
 ) -> mx.array:  # (N, groups, C/groups * taps, places)
     "What the taps meet at each place, as the columns of a matrix."
     out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
-    if prod(g.kernel_size) <= 9 or len(out) != 2:
-        seen = [x[where] for _, where in slices(g.kernel_size, g.dilation, out, g.stride)]
-        x = mx.stack(seen, 2) if len(seen) > 1 else seen[0]
-    else: x = _unfolded(x, g, out)
+    if prod(g.kernel_size) > 9: x = _unfolded(x, g)
+    elif max(g.kernel_size) > 1: x = mx.stack([x[where] for _, where in tap_slices(g)], 2)
+    else: x = x[next(tap_slices(g))[1]]
     return x.reshape(len(x), g.groups, -1, prod(out))
 
-# %% ../../nbs/algorithms/matmul.ipynb #842131ef
-def _unfolded(x, g, out):
-    "(N, C, *kernel_size, *out), first along the width and then along the height."
-    for axis in (1, 0):  # either is the fourth, once the taps of the width are the third
-        last = (out[axis] - 1) * g.stride[axis] + 1
-        starts = [tap * g.dilation[axis] for tap in range(g.kernel_size[axis])]
-        x = mx.stack([x[:, :, :, start : start + last : g.stride[axis]] for start in starts], 2)
-    return x
+# %% ../../nbs/algorithms/matmul.ipynb #2d7831b7
+def _unfolded(x, g):
+    "(N, C, *kernel_size, *out), first along the width and then along the other axes."
+    x = mx.stack([x[where] for _, where in tap_slices(g, WIDTH)], 2)
+    return mx.stack([x[(*where, slice(None))] for _, where in tap_slices(g, OTHERS)], 2)
 
 # %% ../../nbs/algorithms/matmul.ipynb #069ccc0c
 def _multiplied(x, w, g):
@@ -51,10 +47,10 @@ def _multiplied(x, w, g):
     y = y.reshape(len(x), -1, *g.output_shape[1:-1])
     return mx.contiguous(mx.moveaxis(y, 1, -1))
 
-# %% ../../nbs/algorithms/matmul.ipynb #88d0b018
+# %% ../../nbs/algorithms/matmul.ipynb #b4240455
 def _padded_and_multiplied(x, w, g):
     if g.channels_last: x = mx.moveaxis(x, -1, 1)
-    if g.channels_last and (g.groups > 1 or not blas.fast()): x = mx.contiguous(x)
+    if g.channels_last and (g.groups > 1 or x.shape[1] < 16 or not blas.fast()): x = mx.contiguous(x)
     return _multiplied(pad_axes(x, {2 + axis: p for axis, p in enumerate(g.padding)}), w, g)
 
 # %% ../../nbs/algorithms/matmul.ipynb #eb2f6303

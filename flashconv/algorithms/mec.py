@@ -5,35 +5,27 @@
 # %% auto #0
 __all__ = ['strip_bytes', 'mec']
 
-# %% ../../nbs/algorithms/mec.ipynb #bf628ce1
+# %% ../../nbs/algorithms/mec.ipynb #5cd92aee
 from math import prod
 
 import mlx.core as mx
 
-from .taps import added, slices
+from .taps import OTHERS, WIDTH, added, tap_slices
 from .tiles import TILE, in_tiles
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/mec.ipynb #ee865e36
-_OTHERS, _WIDTH = slice(-1), slice(-1, None)  # axes
-
-def _slices(g, axes):
-    "`slices` along some axes, for the taps of those."
-    out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
-    return slices(*(of[axes] for of in (g.kernel_size, g.dilation, out, g.stride)))
-
-# %% ../../nbs/algorithms/mec.ipynb #bcff7e07
+# %% ../../nbs/algorithms/mec.ipynb #27d79fb3
 def _one_product(x, w, g):
     "A convolution as the sum of slices of one product, computed channels first."
     if g.channels_last: x = mx.contiguous(mx.moveaxis(x, -1, 1))
     x = pad_axes(x, {2 + axis: amounts for axis, amounts in enumerate(g.padding)})
-    x = mx.stack([x[where] for _, where in _slices(g, _WIDTH)], 2)
+    x = mx.stack([x[where] for _, where in tap_slices(g, WIDTH)], 2)
     n_taps, spatial = prod(g.kernel_size[:-1]), x.shape[3:]
     y = w @ x.reshape(len(x), g.groups, -1, prod(spatial))
     y = y.reshape(len(x), g.groups, n_taps, -1, *spatial)
     y = added([y[:, :, tap][(*where, slice(None))]
-               for tap, (_, where) in enumerate(_slices(g, _OTHERS))])
+               for tap, (_, where) in enumerate(tap_slices(g, OTHERS))])
     y = mx.flatten(y, 1, 2)
     return mx.contiguous(mx.moveaxis(y, 1, -1)) if g.channels_last else y
 
@@ -42,12 +34,12 @@ def _in_one(w, g):
     w = w.reshape(g.groups, len(w) // g.groups, w.shape[1], prod(g.kernel_size[:-1]), -1)
     return mx.flatten(mx.flatten(mx.moveaxis(w, 3, 1), 1, 2), 2)
 
-# %% ../../nbs/algorithms/mec.ipynb #6eed01d5
+# %% ../../nbs/algorithms/mec.ipynb #052fc9a3
 def _products(x, w, g):
     "A convolution as a sum of products, channels last, in one group."
     x = pad_axes(x, {1 + axis: amounts for axis, amounts in enumerate(g.padding)})
-    x, y = mx.concatenate([x[(*where, slice(None))] for _, where in _slices(g, _WIDTH)], -1), None
-    for tap, where in _slices(g, _OTHERS):
+    x, y = mx.concatenate([x[(*where, slice(None))] for _, where in tap_slices(g, WIDTH)], -1), None
+    for tap, where in tap_slices(g, OTHERS):
         strips = mx.flatten(x[(*where, slice(None), slice(None))], -3, -2)
         matrix = w[(*tap, *(None,) * (strips.ndim - 2))]
         y = strips @ matrix if y is None else mx.addmm(y, strips, matrix)
