@@ -35,6 +35,16 @@ def _unfolded(x, g):
     x = mx.stack([x[where] for _, where in tap_slices(g, WIDTH)], 2)
     return mx.stack([x[(*where, slice(None))] for _, where in tap_slices(g, OTHERS)], 2)
 
+# %% ../../nbs/algorithms/matmul.ipynb #eb2f6303
+def column_bytes(
+    g: Geometry,  # of a convolution that is not transposed
+    channels: int,  # of the input
+    itemsize: int,  # bytes of a value
+) -> int:  # bytes, 0 where nothing is copied
+    "The size of all columns of a convolution with `channels` inputs."
+    places = prod(g.output_shape) // g.output_shape[-1 if g.channels_last else 1]
+    return places * channels * prod(g.kernel_size) * itemsize if prod(g.kernel_size) > 1 else 0
+
 # %% ../../nbs/algorithms/matmul.ipynb #069ccc0c
 def _multiplied(x, w, g):
     "A padded input (N, C, *spatial) times the weight, in the layout that the geometry asks for."
@@ -47,21 +57,13 @@ def _multiplied(x, w, g):
     y = y.reshape(len(x), -1, *g.output_shape[1:-1])
     return mx.contiguous(mx.moveaxis(y, 1, -1))
 
-# %% ../../nbs/algorithms/matmul.ipynb #b4240455
+# %% ../../nbs/algorithms/matmul.ipynb #f4597f08
 def _padded_and_multiplied(x, w, g):
-    if g.channels_last: x = mx.moveaxis(x, -1, 1)
-    if g.channels_last and (g.groups > 1 or x.shape[1] < 16 or not blas.fast()): x = mx.contiguous(x)
+    if g.channels_last:
+        x = mx.moveaxis(x, -1, 1)
+        read_often = x.shape[1] < 16 and column_bytes(g, x.shape[1], 1) > 4 * x.size
+        if g.groups > 1 or read_often or not blas.fast(): x = mx.contiguous(x)
     return _multiplied(pad_axes(x, {2 + axis: p for axis, p in enumerate(g.padding)}), w, g)
-
-# %% ../../nbs/algorithms/matmul.ipynb #eb2f6303
-def column_bytes(
-    g: Geometry,  # of a convolution that is not transposed
-    channels: int,  # of the input
-    itemsize: int,  # bytes of a value
-) -> int:  # bytes, 0 where nothing is copied
-    "The size of all columns of a convolution with `channels` inputs."
-    places = prod(g.output_shape) // g.output_shape[-1 if g.channels_last else 1]
-    return places * channels * prod(g.kernel_size) * itemsize if prod(g.kernel_size) > 1 else 0
 
 # %% ../../nbs/algorithms/matmul.ipynb #e57e317e
 def matmul(

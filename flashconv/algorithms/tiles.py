@@ -55,16 +55,20 @@ def by_groups(
         tiles.append((_cut(x, axis, a * size[0], b * size[0]), w[a * size[1] : b * size[1]], part))
     return tiles, axis
 
-# %% ../../nbs/algorithms/tiles.ipynb #0257d1e5
+# %% ../../nbs/algorithms/tiles.ipynb #3f22fc27
 def _by_rows(x, w, g, parts, spatial):
-    "The same for runs of outputs along a spatial axis, which is padded before it is cut."
+    "The same for runs of outputs along a spatial axis, each with its share of the padding."
     axis = spatial + (1 if g.channels_last else 2)
-    x, tiles = pad_axes(x, {axis: g.padding[spatial]}), []
     step, span = g.stride[spatial], effective_kernel_size(g.kernel_size, g.dilation)[spatial]
-    padding = (*g.padding[:spatial], (0, 0), *g.padding[spatial + 1 :])
+    tiles, before = [], g.padding[spatial][0]
+    if max(g.padding[spatial]) >= span:  # a part could have nothing but padding
+        x, before = pad_axes(x, {axis: g.padding[spatial]}), 0
     for a, b in runs(g.output_shape[axis], parts):
-        part = replace(g, padding=padding, output_shape=_resized(g, axis, b - a))
-        tiles.append((_cut(x, axis, a * step, (b - 1) * step + span), w, part))
+        start, stop = a * step - before, (b - 1) * step + span - before
+        padding = max(-start, 0), max(stop - x.shape[axis], 0)
+        part = replace(g, padding=(*g.padding[:spatial], padding, *g.padding[spatial + 1 :]),
+                       output_shape=_resized(g, axis, b - a))
+        tiles.append((_cut(x, axis, max(start, 0), min(stop, x.shape[axis])), w, part))
     return tiles, axis
 
 # %% ../../nbs/algorithms/tiles.ipynb #01863783
