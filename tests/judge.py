@@ -9,7 +9,7 @@ import torch
 
 import flashconv as fc
 import flashconv.functional as F
-from flashconv.algorithms import derivatives, fft, overlap, tiles
+from flashconv.algorithms import derivatives, fft, mec, overlap, places, tiles
 from fuzz import MODES
 
 DTYPES = {str(d).rpartition(".")[2]: d for d in (*oracle.EPS, *oracle.INTEGERS)}
@@ -23,7 +23,7 @@ def verdict(case):
 
 
 def judge(case):
-    """'equal', 'refused' (by both), or 'no jvp' where MLX's own convolution was chosen.
+    """'equal' or 'refused' (by both).
 
     Any exception is a failure of ours, or one of PyTorch's that has to be named here.
     """
@@ -61,14 +61,10 @@ def _judged(case, ours, theirs, f, g, dtype, seen):
         assert mine.shape == shape, f"shape {mine.shape}, PyTorch has {shape}"
         return "equal"
     arrays = _arrays(case, shape)
-    try:
-        if dtype in oracle.INTEGERS:
-            result = g(*map(_to_torch, arrays))
-            oracle.assert_equal(f(*arrays), result.to(getattr(torch, case["dtype"])), "integers")
-        else: oracle.check(f, g, arrays, assertion=_assertion(seen))
-    except ValueError as error:
-        if "Not implemented for Convolution" not in str(error) or "jvp" not in case: raise
-        return "no jvp"
+    if dtype in oracle.INTEGERS:
+        result = g(*map(_to_torch, arrays))
+        oracle.assert_equal(f(*arrays), result.to(getattr(torch, case["dtype"])), "integers")
+    else: oracle.check(f, g, arrays, assertion=_assertion(seen))
     return "equal"
 
 
@@ -280,8 +276,8 @@ def _tiles_of(size):
     "Work is divided into parts of so many bytes, as it is for arrays of many megabytes."
     with ExitStack() as stack:
         if size is not None:
-            stack.enter_context(patch.object(tiles, "WHOLE", size))
-            for module in (tiles, fft, overlap):
+            for module in (tiles, places): stack.enter_context(patch.object(module, "WHOLE", size))
+            for module in (tiles, places, mec, fft, overlap):
                 stack.enter_context(patch.object(module, "TILE", size))
         yield
 

@@ -136,15 +136,23 @@ def test_tune_needs_one_convolution():
     assert not choice._tuned
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "native"])
+@pytest.mark.parametrize("name", NAMES)
 def test_forward_mode(name):
-    "A convolution is linear: its derivative in a direction is itself of that direction."
+    "A convolution is linear in each of its arrays; the derivative of a gradient is one, too."
     transposed = name == "overlap_add"
     f = partial(F.conv_transpose2d if transposed else F.conv2d, stride=2)
-    x, dx, w = mx.random.normal((2, 3, 7, 6)), mx.random.normal((2, 3, 7, 6)), mx.random.normal((3, 3, 3, 2))
+    x, dx = mx.random.normal((2, 3, 7, 6)), mx.random.normal((2, 3, 7, 6))
+    w, dw = mx.random.normal((3, 3, 3, 2)), mx.random.normal((3, 3, 3, 2))
+    def gradient(x): return mx.grad(lambda x: (f(x, w) ** 2).sum())(x)
     with fc.algorithm(name):
-        (y,), (dy,) = mx.jvp(lambda x: f(x, w), [x], [dx])
-        assert mx.allclose(y, f(x, w), atol=1e-5) and mx.allclose(dy, f(dx, w), atol=1e-5)
+        (y,), (change,) = mx.jvp(f, [x, w], [dx, dw])
+        assert mx.allclose(y, f(x, w), atol=1e-5)
+        assert mx.allclose(change, f(dx, w) + f(x, dw), atol=1e-4)
+        for of, given, direction, expected in (
+                (lambda x: f(x, w), x, dx, f(dx, w)), (lambda w: f(x, w), w, dw, f(x, dw)),
+                (gradient, x, dx, gradient(dx))):
+            (change,) = mx.jvp(of, [given], [direction])[1]
+            assert mx.allclose(change, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("name, shape, weight, kw", (

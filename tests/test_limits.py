@@ -282,3 +282,29 @@ def test_a_kernel_as_long_as_the_input():
     y, (dx, dw) = mx.value_and_grad(lambda x, w: F.conv1d(x, w).sum(), (0, 1))(x, w)
     assert mx.allclose(y, (x * w).sum(), rtol=1e-3, atol=0.1)
     assert mx.allclose(dx, w, atol=1e-4) and mx.allclose(dw, x, atol=1e-4)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("shape, weight, kw, room", (
+    ((1, 1, 4096, 4096), (1, 1, 7, 7), {"padding": 3}, 512),
+    ((4, 8, 1024, 1024), (8, 8, 3, 3), {"padding": 1}, 512),
+    ((1, 8, 1024, 1024), (8, 8, 3, 3), {"padding": 2, "dilation": 2}, 512),
+    ((1, 16, 1024, 1024), (16, 1, 5, 5), {"padding": 2, "groups": 16}, 512),
+    ((1, 2048, 2048, 8), (8, 8, 3, 3), {"padding": 1, "data_format": "channels_last"}, 768)))
+def test_weight_gradients_of_large_pictures(shape, weight, kw, room):
+    "Sums of parts: the gradient of each tap is a sum over the picture, and memory is bounded."
+    last = "data_format" in kw
+    x, w = mx.random.uniform(-1, 1, shape), mx.random.uniform(-1, 1, weight)
+    y = F.conv2d(x, w, **kw)
+    c = mx.random.uniform(-1, 1, y.shape)
+    mx.eval(y)
+    del y
+    dw, workspace = beyond(lambda x, c: mx.vjp(lambda w: F.conv2d(x, w, **kw), [w], [c])[1][0], x, c)
+    assert workspace <= room * MIB
+    x, c = (np.array(a).astype(float) for a in (x, c))
+    if last: x, c = np.moveaxis(x, -1, 1), np.moveaxis(c, -1, 1)
+    p, d, size = kw["padding"], kw.get("dilation", 1), x.shape[2]
+    x = np.pad(x[:, :1], ((0, 0), (0, 0), (p, p), (p, p)))
+    for i, j in ((0, 0), (1, 2), (weight[2] - 1, 0)):
+        seen = x[:, 0, i * d : i * d + size, j * d : j * d + size]
+        assert np.allclose(dw[0, 0, i, j].item(), (seen * c[:, 0]).sum(), rtol=1e-3, atol=0.5)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['convolve', 'input_gradient', 'weight_gradient', 'add_bias']
 
-# %% ../../nbs/algorithms/derivatives.ipynb #3a6bfa91
+# %% ../../nbs/algorithms/derivatives.ipynb #73dc494e
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
@@ -13,11 +13,15 @@ from math import prod
 
 import mlx.core as mx
 
-from .choice import choose
+from .. import blas
+from .choice import choose, forced
 from .matmul import matmul
+from .mec import mec, strip_bytes
 from .native import as_convolution
-from .taps import added
-from ..arithmetic import Geometry, transposed_output_size
+from .taps import OTHERS, WIDTH, added, in_full_precision, tap_slices
+from .tiles import WHOLE, runs
+from ..arithmetic import Geometry, effective_kernel_size, transposed_output_size
+from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/derivatives.ipynb #e3e6e9e1
 def convolve(
@@ -100,14 +104,14 @@ def input_gradient(
     rest = tuple(i + sum(p) - r for i, p, r in zip(sizes, g.padding, reached))
     return convolve(cotangent, w, replace(back, output_padding=rest))
 
-# %% ../../nbs/algorithms/derivatives.ipynb #f9db04e7
+# %% ../../nbs/algorithms/derivatives.ipynb #18db0722
 def weight_gradient(
     x: mx.array,  # input
     cotangent: mx.array,  # of the output
     g: Geometry,  # of the convolution, transposed or not
 ) -> mx.array:  # cotangent of the weight, in PyTorch's layout
     "The cotangent of a convolution's weight: its input convolved with its output's cotangent."
-    if g.channels_last and _is_a_product(g): return _rows_product(x, cotangent, g)
+    if _is_by_strips(x, cotangent, g): return _strips_products(x, cotangent, g)
     if g.channels_last:
         x, cotangent = (mx.contiguous(mx.moveaxis(a, -1, 1)) for a in (x, cotangent))
     if g.transposed: x, cotangent = cotangent, x
@@ -118,20 +122,40 @@ def weight_gradient(
                        g.groups, False, False, (len(xs), len(ys), *g.kernel_size))
     return convolve(xs, ys, swapped).swapaxes(0, 1)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #fe1e754f
-def _is_a_product(g):
-    "Whether each output sees one place, in one group."
-    padding = {amount for pair in g.padding for amount in pair}
-    return {*g.kernel_size, *g.stride, g.groups} == {1} and padding == {0} and not g.transposed
+# %% ../../nbs/algorithms/derivatives.ipynb #cc0d1b89
+def _is_by_strips(x, cotangent, g):
+    "Whether to do that: channels last, one group, few taps, and rows enough for their products."
+    if not g.channels_last or g.transposed or g.groups > 1 or max(g.stride[:-1], default=1) > 1:
+        return False
+    padded = max(max(pair) for pair in g.padding) > 0
+    if {*g.kernel_size, *g.stride} == {1} and not padded: return True
+    if forced() not in (None, "mec"): return False
+    if mx.default_device().type == mx.gpu or not blas.fast(): return False
+    rows = prod(cotangent.shape[:-1] if len(g.stride) == 1 else cotangent.shape[-3:-1])
+    return prod(g.kernel_size) <= 27 and rows >= cotangent.shape[-1]
 
-def _rows_product(x, cotangent, g):
-    "The weight gradient of such a layer."
+def _strips_products(x, cotangent, g):
+    "The weight gradient of such a layer, in parts along its first axis that add up."
     dtype, w_shape = x.dtype, (cotangent.shape[-1], x.shape[-1], *g.kernel_size)
-    for seen in _watchers.get(): seen.append((matmul, x, mx.zeros(w_shape, dtype), g))
-    if dtype in (mx.float16, mx.bfloat16):
-        x, cotangent = x.astype(mx.float32), cotangent.astype(mx.float32)
-    w = mx.flatten(cotangent, 0, -2).T @ mx.flatten(x, 0, -2)
-    return w.reshape(w_shape).astype(dtype)
+    algorithm = mec if prod(g.kernel_size) > 1 else matmul
+    for seen in _watchers.get(): seen.append((algorithm, x, mx.zeros(w_shape, dtype), g))
+    x, cotangent = in_full_precision(x, cotangent)
+    size = strip_bytes(g, x.shape, 0, x.itemsize)
+    x = pad_axes(x, {1 + axis: amounts for axis, amounts in enumerate(g.padding)})
+    step, span = g.stride[0], effective_kernel_size(g.kernel_size, g.dilation)[0]
+    w = added([_strips_product(x[:, a * step : (b - 1) * step + span], cotangent[:, a:b], g)
+               for a, b in runs(cotangent.shape[1], -(-size // WHOLE))])
+    return mx.moveaxis(mx.moveaxis(w, -1, 0), -2, 0).astype(dtype)
+
+def _strips_product(x, cotangent, g):
+    "(*taps of the other axes, O, taps of the width, C) of a padded input."
+    g = replace(g, output_shape=cotangent.shape)
+    strips = mx.concatenate([x[(*where, slice(None))] for _, where in tap_slices(g, WIDTH)], -1)
+    cotangent = mx.flatten(cotangent, -3, -2).swapaxes(-1, -2)
+    w = [cotangent @ mx.flatten(strips[(*where, slice(None), slice(None))], -3, -2)
+         for _, where in tap_slices(g, OTHERS)]
+    w = mx.stack([a.sum(tuple(range(a.ndim - 2))) if a.ndim > 2 else a for a in w])
+    return w.reshape(*g.kernel_size[:-1], -1, g.kernel_size[-1], x.shape[-1])
 
 # %% ../../nbs/algorithms/derivatives.ipynb #b970cd82
 def add_bias(

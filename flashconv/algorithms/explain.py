@@ -54,10 +54,11 @@ def _watched(call, *args):
 
 def _runs(part, call): return [_run(part, *each) for each in _watched(call)]
 
-# %% ../../nbs/algorithms/explain.ipynb #18f7cc1a
+# %% ../../nbs/algorithms/explain.ipynb #e13aef28
 def _run(part, algorithm, x, w, g):
     "What there is to say about one convolution."
-    name, why = algorithm.__name__, choice.choose_and_say_why(g, w.shape, x.dtype)[1]
+    name, (chosen, why) = algorithm.__name__, choice.choose_and_say_why(g, w.shape, x.dtype)
+    if name != chosen: why = "strips of the input, channels last, as they lie"
     size, channels = max(4, x.itemsize), x.shape[-1 if g.channels_last else 1]
     column = column_bytes(g, channels, size)
     sums, values = prod(g.output_shape) * size, x.size // channels

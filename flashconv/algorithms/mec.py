@@ -64,13 +64,13 @@ def strip_bytes(
     channels = shape[-1 if g.channels_last else 1]
     return shape[0] * rows * out[-1] * (channels * g.kernel_size[-1] + sums) * itemsize
 
-# %% ../../nbs/algorithms/mec.ipynb #513e8c61
+# %% ../../nbs/algorithms/mec.ipynb #46214d32
 def mec(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # everything else, of a convolution that is not transposed
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
-    "Products of the weights with columns of the width, added over the other axes; not for integers."
+    "Products of the weights with columns of the width, added over the other axes."
     dtype = x.dtype
     if dtype in (mx.float16, mx.bfloat16): x, w = x.astype(mx.float32), w.astype(mx.float32)
     size = strip_bytes(g, x.shape, len(w), x.itemsize)

@@ -105,14 +105,14 @@ def _tiles(axes, images, groups, outputs, size):
     return product(*([slice(i, min(i + max(1, step), n)) for i in range(0, n, max(1, step))]
                      for n, step in zip(lengths, steps)))
 
-# %% ../../nbs/algorithms/overlap.ipynb #f215776a
+# %% ../../nbs/algorithms/overlap.ipynb #d6692c58
 def overlap_add(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # everything else, of a transposed convolution
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "A product of the weights with the input, overlapped and added; not for integers."
-    if g.channels_last and x.size * g.groups < w.shape[0] ** 2: return _through_channels_first(x, w, g)
+    if g.channels_last and x.size * g.groups < len(w) ** 2: return _by_channels_first(x, w, g)
     last, n = g.channels_last, len(g.stride)
     sizes, out = (s[1:-1] if last else s[2:] for s in (x.shape, g.output_shape))
     axes = [_axis(*of_axis) for of_axis in zip(g.kernel_size, g.stride, (p[0] for p in g.padding),
@@ -125,8 +125,8 @@ def overlap_add(
         for where, part in _tile(x, w, g, axes, tile): y[where] = part.astype(y.dtype)
     return y.reshape(g.output_shape)
 
-# %% ../../nbs/algorithms/overlap.ipynb #54ce354e
-def _through_channels_first(x, w, g):
+# %% ../../nbs/algorithms/overlap.ipynb #c2ae7336
+def _by_channels_first(x, w, g):
     n, *out, channels = g.output_shape
     g = replace(g, channels_last=False, output_shape=(n, channels, *out))
     return mx.contiguous(mx.moveaxis(overlap_add(mx.moveaxis(x, -1, 1), w, g), 1, -1))

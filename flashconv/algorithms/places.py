@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['places']
 
-# %% ../../nbs/algorithms/places.ipynb #00526956
+# %% ../../nbs/algorithms/places.ipynb #4b602b10
 from dataclasses import replace
 from itertools import product
 from math import prod
 
 import mlx.core as mx
 
-from .taps import added, channel_products, channels_first, in_full_precision, slices
+from .taps import (
+    added, channel_products, channels_first, in_full_precision, slices)
 from .tiles import MOST_TILES, TILE, WHOLE, by_batch, by_groups, runs
 from ..arithmetic import Geometry
 from ..padding import pad_axes
@@ -101,8 +102,8 @@ def _part(x, w, g, axis, start, stop):
     kernel[axis] = stop - start
     return x, w, replace(g, kernel_size=tuple(kernel), padding=tuple(padding))
 
-# %% ../../nbs/algorithms/places.ipynb #92a2da32
-def _in_parts(x, w, g, limit=WHOLE):
+# %% ../../nbs/algorithms/places.ipynb #ed345033
+def _in_parts(x, w, g, limit):
     "A convolution, channels first, in parts of at most `limit` bytes."
     size, lengths = _bytes(x, w, g)[0], w.shape[1:]
     if size <= limit or g.groups == max(lengths) == 1: return _placed(x, w, g)
@@ -115,7 +116,7 @@ def _in_parts(x, w, g, limit=WHOLE):
     return added([_in_parts(*_part(x, w, g, longest - 1, *run), limit)
                   for run in runs(lengths[longest], -(-size // limit))])
 
-# %% ../../nbs/algorithms/places.ipynb #827bc33e
+# %% ../../nbs/algorithms/places.ipynb #56ebabf7
 def places(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -125,5 +126,5 @@ def places(
     dtype = x.dtype
     x, w = in_full_precision(x, w)
     x, first = channels_first(x, g)
-    y = _in_parts(x, w, first).astype(dtype)
+    y = _in_parts(x, w, first, WHOLE).astype(dtype)
     return y if first is g else mx.moveaxis(y, 1, -1)
