@@ -25,7 +25,7 @@ from competitors import switch
 
 HERE = Path(__file__).resolve().parent
 BLOCK = 0.005  # seconds that one sample lasts at least, over as many calls as that takes
-COLD = 0.2  # seconds: a shorter call is preceded by one that doesn't count
+COLD = 2  # seconds: a shorter call is preceded by one that doesn't count
 PAUSE = 0.03  # seconds before a turn, in which the threads of the one before stop spinning
 
 

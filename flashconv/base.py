@@ -257,7 +257,7 @@ def __setstate__(self: _ConvNd, state):
         state = state | {"device": mx.Device(getattr(mx, kind), int(number))}
     self.__dict__.update(state)
 
-# %% ../nbs/04_base.ipynb #e0de3587
+# %% ../nbs/04_base.ipynb #b0b86d03
 @patch(as_prop=True)
 def _reversed_padding_repeated_twice(self: _ConvNd) -> list:
     "The padding as `functional.pad` takes it: two amounts per axis, the last axis first."
@@ -268,5 +268,6 @@ def _reversed_padding_repeated_twice(self: _ConvNd) -> list:
     else:
         padding = 0 if is_one_of(self.padding, ("valid",)) else self.padding
         pairs = [(as_int(p, "padding"),) * 2 for p in as_tuple(padding, n)]
-        if len(pairs) != n: raise RuntimeError(f"padding must be {n} ints, but got {padding!r}")
+        if len(pairs) > n or not pairs:
+            raise RuntimeError(f"padding must be {n} ints, but got {padding!r}")
     return [amount for pair in reversed(pairs) for amount in pair]

@@ -181,6 +181,18 @@ def test_same_padding_with_a_dilation_of_length_1():
         layer(mx.ones((1, 1, 5, 5)))
 
 
+def test_padding_of_length_1_with_a_mode():
+    "It pads the last axis of an unbatched picture, as in PyTorch; three amounts are refused."
+    ours, theirs = (nn.Conv2d(2, 3, 3, padding=(1,), padding_mode="reflect")
+                    for nn in (fc, torch.nn))
+    ours.load_state_dict({k: mx.array(v.detach().numpy()) for k, v in theirs.state_dict().items()})
+    x = np.random.default_rng(0).normal(size=(2, 5, 5)).astype(np.float32)
+    y = theirs(torch.tensor(x)).detach().numpy()
+    assert y.shape == (3, 3, 5) and np.allclose(np.array(ours(mx.array(x))), y, atol=1e-5)
+    ours.padding = (1, 1, 1)
+    with pytest.raises(RuntimeError, match="padding must be 2 ints, but got"): ours(mx.array(x))
+
+
 @pytest.mark.parametrize("key", ("stride", "padding", "dilation"))
 def test_output_size_beside_tuples_of_other_lengths(key):
     "A tuple of length 1 serves both axes; one of length 3 is refused in the call's words."
