@@ -64,7 +64,7 @@ def strip_bytes(
     channels = shape[-1 if g.channels_last else 1]
     return shape[0] * rows * out[-1] * (channels * g.kernel_size[-1] + sums) * itemsize
 
-# %% ../../nbs/algorithms/mec.ipynb #46214d32
+# %% ../../nbs/algorithms/mec.ipynb #253834f8
 def mec(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -75,5 +75,5 @@ def mec(
     if dtype in (mx.float16, mx.bfloat16): x, w = x.astype(mx.float32), w.astype(mx.float32)
     size = strip_bytes(g, x.shape, len(w), x.itemsize)
     if g.channels_last and g.groups == 1: f, w, least = _products, _by_rows(w, g), TILE
-    else: f, w, least = _one_product, _in_one(w, g), 4 * TILE
+    else: f, w, least = _one_product, _in_one(w, g), 2 * TILE
     return in_tiles(f, x, w, g, size, least=max(least, w.nbytes)).astype(dtype)
