@@ -34,7 +34,7 @@ def _in_one(w, g):
     w = w.reshape(g.groups, len(w) // g.groups, w.shape[1], prod(g.kernel_size[:-1]), -1)
     return mx.flatten(mx.flatten(mx.moveaxis(w, 3, 1), 1, 2), 2)
 
-# %% ../../nbs/algorithms/mec.ipynb #052fc9a3
+# %% ../../nbs/algorithms/mec.ipynb #42783750
 def _products(x, w, g):
     "A convolution as a sum of products, channels last, in one group."
     x = pad_axes(x, {1 + axis: amounts for axis, amounts in enumerate(g.padding)})
@@ -42,7 +42,9 @@ def _products(x, w, g):
     for tap, where in tap_slices(g, OTHERS):
         strips = mx.flatten(x[(*where, slice(None), slice(None))], -3, -2)
         matrix = w[(*tap, *(None,) * (strips.ndim - 2))]
-        y = strips @ matrix if y is None else mx.addmm(y, strips, matrix)
+        if y is None: y = strips @ matrix
+        elif y.dtype == mx.complex64: y = y + strips @ matrix  # MLX's addmm is slower there
+        else: y = mx.addmm(y, strips, matrix)
     return y.reshape(g.output_shape)
 
 def _by_rows(w, g):
