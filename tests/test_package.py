@@ -3,7 +3,6 @@ import configparser
 import importlib
 import pkgutil
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +37,7 @@ def test_import_is_quick():
     "Beyond `mlx.core`, importing flashconv takes a fifth of a second of work at most."
     code = ("import mlx.core\nfrom time import process_time\nstart = process_time()\n"
             "import flashconv\nprint(process_time() - start)")
-    assert statistics.median(float(python(code)) for _ in range(7)) < 0.2
+    assert min(float(python(code)) for _ in range(7)) < 0.2  # other work only adds to it
 
 
 def test_import_leaves_mlx_alone():
