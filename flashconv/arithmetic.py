@@ -213,7 +213,7 @@ def is_channels_last(
     raise ValueError("data_format must be one of {'channels_first', 'channels_last'}, but got "
                      f"data_format={data_format!r}")
 
-# %% ../nbs/00_arithmetic.ipynb #07479ad7
+# %% ../nbs/00_arithmetic.ipynb #fe246061
 @dataclass(frozen=True)
 class Geometry:
     "One checked convolution: all that an algorithm has to know besides the two arrays."
@@ -231,6 +231,14 @@ class Geometry:
     def _hash(self): return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     def __hash__(self): return self._hash  # each call looks a geometry up, so it is kept
+
+    def sizes(self, shape): return shape[1:-1] if self.channels_last else shape[2:]  # per axis
+
+    @cached_property
+    def out(self): return self.sizes(self.output_shape)  # outputs per axis
+
+    @property
+    def channel_axis(self): return len(self.output_shape) - 1 if self.channels_last else 1
 
 # %% ../nbs/00_arithmetic.ipynb #ec1acdfe
 def _check_ranks(name, n, shape, weight_shape):

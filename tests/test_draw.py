@@ -1,6 +1,5 @@
 """The drawings: numbers of the layers, the same bytes on every run, words for what is seen."""
 import os
-import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET

@@ -27,17 +27,10 @@ def python(code, cwd=None):
 
 # The import ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("module", ("matplotlib", "torch", "PIL", "nbdev"))
+@pytest.mark.parametrize("module", ("matplotlib", "torch", "PIL", "nbdev", "IPython", "asyncio", "flashconv.draw"))
 def test_import_leaves_out(module):
     "What drawing, judging and building need is not loaded with the layers."
     assert python(f"import sys, flashconv; print({module!r} in sys.modules)") == "False\n"
-
-
-def test_import_is_quick():
-    "Beyond `mlx.core`, importing flashconv takes a fifth of a second of work at most."
-    code = ("import mlx.core\nfrom time import process_time\nstart = process_time()\n"
-            "import flashconv\nprint(process_time() - start)")
-    assert min(float(python(code)) for _ in range(7)) < 0.2  # other work only adds to it
 
 
 def test_import_leaves_mlx_alone():

@@ -83,7 +83,7 @@ def packages():
         wheel, = (folder / "dist").glob("*.whl")
         archive, = (folder / "dist").glob("*.tar.gz")
         with zipfile.ZipFile(wheel) as opened: inside = opened.namelist()
-        extra = unexpected(inside, (r"flashconv/(algorithms/)?\w+\.py",
+        extra = unexpected(inside, (r"flashconv/((algorithms|convert)/)?\w+\.py",
                                     r"flashconv-[\w.]+\.dist-info/.*"))
         if extra or not any(name.endswith("licenses/LICENSE") for name in inside):
             return False, f"the wheel holds {extra or 'no licence'}"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['convolve', 'input_gradient', 'weight_gradient', 'add_bias']
 
-# %% ../../nbs/algorithms/derivatives.ipynb #73dc494e
+# %% ../../nbs/algorithms/derivatives.ipynb #a5479c6f
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
@@ -13,17 +13,13 @@ from math import prod
 
 import mlx.core as mx
 
-from .. import blas
-from .choice import choose, forced
-from .matmul import matmul
-from .mec import mec, strip_bytes
+from .choice import ALGORITHMS, choose, choose_for_weight
+from .mec import strips_gradient
 from .native import as_convolution
-from .taps import OTHERS, WIDTH, added, in_full_precision, tap_slices
-from .tiles import WHOLE, runs
-from ..arithmetic import Geometry, effective_kernel_size, transposed_output_size
-from ..padding import pad_axes
+from .taps import added
+from ..arithmetic import Geometry, transposed_output_size
 
-# %% ../../nbs/algorithms/derivatives.ipynb #e3e6e9e1
+# %% ../../nbs/algorithms/derivatives.ipynb #20092def
 def convolve(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -33,11 +29,11 @@ def convolve(
     "Run a checked convolution by the algorithm that is chosen for it."
     if g.transposed and max(g.stride) == 1: x, w, g = _turned(x, w, g)
     if g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
-    algorithm = choose(g, w.shape, x.dtype, force)
-    for seen in _watchers.get(): seen.append((algorithm, x, w, g))
+    name, why = choose(g, w.shape, x.dtype, force)
+    for seen in _watchers.get(): seen.append((name, why, x, w, g))
     if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
-    if not mx.issubdtype(x.dtype, mx.inexact): return algorithm(x, w, g)
-    return _with_rules(algorithm, g)(x, w)
+    if not mx.issubdtype(x.dtype, mx.inexact): return ALGORITHMS[name](x, w, g)
+    return _with_rules(ALGORITHMS[name], g)(x, w)
 
 _watchers = ContextVar("watchers", default=())  # lists that `explain` has open in this thread
 
@@ -48,19 +44,17 @@ def _turned(x, w, g):
     zeros = (0,) * len(g.stride)
     return x, w, replace(g, transposed=False, padding=padding, output_padding=zeros)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #5ed2a72c
+# %% ../../nbs/algorithms/derivatives.ipynb #5db4db2d
 def _has_the_larger_kernel(x, g):
     "Whether a kernel has more values than an input, and longer steps between them."
-    sizes = x.shape[1:-1] if g.channels_last else x.shape[2:]
-    return prod(g.kernel_size) > prod(sizes) and prod(g.dilation) > prod(g.stride)
+    return prod(g.kernel_size) > prod(g.sizes(x.shape)) and prod(g.dilation) > prod(g.stride)
 
 def _exchanged(x, w, g, force):
     "A transposed convolution with input and kernel in each other's place."
     last, n = g.channels_last, len(x)
     if last: x = mx.moveaxis(x, -1, 1)
-    out = g.output_shape[1:-1] if last else g.output_shape[2:]
     other = replace(g, kernel_size=x.shape[2:], stride=g.dilation, dilation=g.stride,
-                    channels_last=False, output_shape=(w.shape[1], g.groups * n, *out))
+                    channels_last=False, output_shape=(w.shape[1], g.groups * n, *g.out))
     y = convolve(w.swapaxes(0, 1), x.swapaxes(0, 1), other, force)
     y = mx.flatten(mx.unflatten(y, 1, (g.groups, n)).swapaxes(0, 2), 1, 2)  # (N, O, *out)
     return mx.moveaxis(y, 1, -1) if last else y
@@ -88,7 +82,7 @@ def _with_rules(algorithm, g):
 
     return run
 
-# %% ../../nbs/algorithms/derivatives.ipynb #a4749903
+# %% ../../nbs/algorithms/derivatives.ipynb #4cd47092
 def input_gradient(
     cotangent: mx.array,  # of the output
     w: mx.array,  # PyTorch's weight
@@ -99,19 +93,22 @@ def input_gradient(
     back = replace(g, transposed=not g.transposed, output_shape=shape,
                    output_padding=(0,) * len(g.stride))
     if g.transposed: return convolve(cotangent, w, back)
-    sizes, outs = (s[1:-1] if g.channels_last else s[2:] for s in (shape, g.output_shape))
-    reached = transposed_output_size(outs, g.kernel_size, g.stride, 0, 0, g.dilation)
-    rest = tuple(i + sum(p) - r for i, p, r in zip(sizes, g.padding, reached))
+    reached = transposed_output_size(g.out, g.kernel_size, g.stride, 0, 0, g.dilation)
+    rest = tuple(i + sum(p) - r for i, p, r in zip(g.sizes(shape), g.padding, reached))
     return convolve(cotangent, w, replace(back, output_padding=rest))
 
-# %% ../../nbs/algorithms/derivatives.ipynb #18db0722
+# %% ../../nbs/algorithms/derivatives.ipynb #df3a4cb2
 def weight_gradient(
     x: mx.array,  # input
     cotangent: mx.array,  # of the output
     g: Geometry,  # of the convolution, transposed or not
 ) -> mx.array:  # cotangent of the weight, in PyTorch's layout
     "The cotangent of a convolution's weight: its input convolved with its output's cotangent."
-    if _is_by_strips(x, cotangent, g): return _strips_products(x, cotangent, g)
+    direct = choose_for_weight(g)
+    if direct:
+        w = mx.zeros((cotangent.shape[-1], x.shape[-1], *g.kernel_size), x.dtype)
+        for seen in _watchers.get(): seen.append((*direct, x, w, g))
+        return strips_gradient(x, cotangent, g)
     if g.channels_last:
         x, cotangent = (mx.contiguous(mx.moveaxis(a, -1, 1)) for a in (x, cotangent))
     if g.transposed: x, cotangent = cotangent, x
@@ -121,41 +118,6 @@ def weight_gradient(
     swapped = Geometry(ys.shape[2:], g.dilation, g.padding, g.stride, (0,) * len(g.stride),
                        g.groups, False, False, (len(xs), len(ys), *g.kernel_size))
     return convolve(xs, ys, swapped).swapaxes(0, 1)
-
-# %% ../../nbs/algorithms/derivatives.ipynb #cc0d1b89
-def _is_by_strips(x, cotangent, g):
-    "Whether to do that: channels last, one group, few taps, and rows enough for their products."
-    if not g.channels_last or g.transposed or g.groups > 1 or max(g.stride[:-1], default=1) > 1:
-        return False
-    padded = max(max(pair) for pair in g.padding) > 0
-    if {*g.kernel_size, *g.stride} == {1} and not padded: return True
-    if forced() not in (None, "mec"): return False
-    if mx.default_device().type == mx.gpu or not blas.fast(): return False
-    rows = prod(cotangent.shape[:-1] if len(g.stride) == 1 else cotangent.shape[-3:-1])
-    return prod(g.kernel_size) <= 27 and rows >= cotangent.shape[-1]
-
-def _strips_products(x, cotangent, g):
-    "The weight gradient of such a layer, in parts along its first axis that add up."
-    dtype, w_shape = x.dtype, (cotangent.shape[-1], x.shape[-1], *g.kernel_size)
-    algorithm = mec if prod(g.kernel_size) > 1 else matmul
-    for seen in _watchers.get(): seen.append((algorithm, x, mx.zeros(w_shape, dtype), g))
-    x, cotangent = in_full_precision(x, cotangent)
-    size = strip_bytes(g, x.shape, 0, x.itemsize)
-    x = pad_axes(x, {1 + axis: amounts for axis, amounts in enumerate(g.padding)})
-    step, span = g.stride[0], effective_kernel_size(g.kernel_size, g.dilation)[0]
-    w = added([_strips_product(x[:, a * step : (b - 1) * step + span], cotangent[:, a:b], g)
-               for a, b in runs(cotangent.shape[1], -(-size // WHOLE))])
-    return mx.moveaxis(mx.moveaxis(w, -1, 0), -2, 0).astype(dtype)
-
-def _strips_product(x, cotangent, g):
-    "(*taps of the other axes, O, taps of the width, C) of a padded input."
-    g = replace(g, output_shape=cotangent.shape)
-    strips = mx.concatenate([x[(*where, slice(None))] for _, where in tap_slices(g, WIDTH)], -1)
-    cotangent = mx.flatten(cotangent, -3, -2).swapaxes(-1, -2)
-    w = [cotangent @ mx.flatten(strips[(*where, slice(None), slice(None))], -3, -2)
-         for _, where in tap_slices(g, OTHERS)]
-    w = mx.stack([a.sum(tuple(range(a.ndim - 2))) if a.ndim > 2 else a for a in w])
-    return w.reshape(*g.kernel_size[:-1], -1, g.kernel_size[-1], x.shape[-1])
 
 # %% ../../nbs/algorithms/derivatives.ipynb #b970cd82
 def add_bias(
@@ -181,14 +143,14 @@ def _plus_vjp(primals, cotangent, output):
         sums = sums.reshape(bias.size, -1, 64).sum(-1)
     return cotangent, sums.reshape(bias.shape).astype(bias.dtype)
 
-# %% ../../nbs/algorithms/derivatives.ipynb #aea2d38f
+# %% ../../nbs/algorithms/derivatives.ipynb #a199a669
 def _batched(x, w, x_axis, w_axis, g):
     "One convolution that does the work of many; what they are many of comes first in the result."
     many = w.shape[w_axis] if x_axis is None else x.shape[x_axis]
     if many == 0: return mx.zeros((0, *g.output_shape), x.dtype)
     if x_axis is not None: x = mx.moveaxis(x, x_axis, 0)
     if w_axis is not None: w = mx.moveaxis(w, w_axis, 0)
-    shape, channels = list(g.output_shape), len(g.output_shape) - 1 if g.channels_last else 1
+    shape, channels = list(g.output_shape), g.channel_axis
     if w_axis is None:
         shape[0] *= many
         y = convolve(mx.flatten(x, 0, 1), w, replace(g, output_shape=tuple(shape)))

@@ -43,9 +43,9 @@ def _shape(call, input_shape, dtype):
     check_limit((1, *shape))
     return shape
 
-# %% ../../nbs/algorithms/explain.ipynb #484eb0d1
+# %% ../../nbs/algorithms/explain.ipynb #f79f9674
 def _watched(call, *args):
-    "The convolutions that a call would run: (algorithm, x, w, geometry) each."
+    "The convolutions that a call would run: (algorithm's name, reason, x, w, geometry) each."
     seen = []
     token = derivatives._watchers.set((*derivatives._watchers.get(), seen))
     try: call(*args)
@@ -54,12 +54,10 @@ def _watched(call, *args):
 
 def _runs(part, call): return [_run(part, *each) for each in _watched(call)]
 
-# %% ../../nbs/algorithms/explain.ipynb #e13aef28
-def _run(part, algorithm, x, w, g):
+# %% ../../nbs/algorithms/explain.ipynb #783b30d0
+def _run(part, name, why, x, w, g):
     "What there is to say about one convolution."
-    name, (chosen, why) = algorithm.__name__, choice.choose_and_say_why(g, w.shape, x.dtype)
-    if name != chosen: why = "strips of the input, channels last, as they lie"
-    size, channels = max(4, x.itemsize), x.shape[-1 if g.channels_last else 1]
+    size, channels = max(4, x.itemsize), x.shape[g.channel_axis]
     column = column_bytes(g, channels, size)
     sums, values = prod(g.output_shape) * size, x.size // channels
     workspace = dict(native=column, matmul=column, places=column, taps=3 * sums,
@@ -82,7 +80,7 @@ class Explanation(tuple):
                                    for i, (c, n) in enumerate(zip(row, widths))).rstrip()
                          for row in rows)
 
-# %% ../../nbs/algorithms/explain.ipynb #bba865fc
+# %% ../../nbs/algorithms/explain.ipynb #d0fd2489
 def explain(
     call: Callable,  # a layer, or a function of the input: `partial(conv2d, weight=w, stride=2)`
     input_shape: tuple,  # of the input, in the layout that the call takes
@@ -93,9 +91,9 @@ def explain(
     Raises what the call raises for such an input.
     """
     runs = []
-    for algorithm, x, w, g in _watched(call, mx.zeros(_shape(call, input_shape, dtype), dtype)):
+    for name, why, x, w, g in _watched(call, mx.zeros(_shape(call, input_shape, dtype), dtype)):
         y = mx.zeros(g.output_shape, dtype)
-        runs += [_run("forward", algorithm, x, w, g)]
+        runs += [_run("forward", name, why, x, w, g)]
         runs += _runs("input gradient", partial(derivatives.input_gradient, y, w, g, x.shape))
         runs += _runs("weight gradient", partial(derivatives.weight_gradient, x, y, g))
     return Explanation(runs)
@@ -110,7 +108,7 @@ def _seconds(call, rounds=3):
         times.append(perf_counter() - start)
     return median(times[1:])
 
-# %% ../../nbs/algorithms/explain.ipynb #55fe7f04
+# %% ../../nbs/algorithms/explain.ipynb #9f22052f
 def tune(
     call: Callable,  # a layer, or a function of the input
     input_shape: tuple,  # of the input
@@ -125,7 +123,7 @@ def tune(
     seen = _watched(call, x)
     if len(seen) != 1:
         raise ValueError(f"one convolution can be tuned, but the call runs {len(seen)}")
-    _, _, w, g = seen[0]
+    *_, w, g = seen[0]
     times = {}
     for name in choice.possible(g, dtype):
         with choice.algorithm(name): times[name] = _seconds(partial(call, x))

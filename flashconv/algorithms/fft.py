@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fast_length', 'fft']
 
-# %% ../../nbs/algorithms/fft.ipynb #bc5bf7e2
+# %% ../../nbs/algorithms/fft.ipynb #a57c9d93
 from dataclasses import replace
 from math import prod
 
@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .native import as_convolution
 from .tiles import TILE, in_tiles
-from ..arithmetic import Geometry, effective_kernel_size
+from ..arithmetic import Geometry
 from ..dilation import insert_zeros
 from ..padding import flip, pad_axes
 
@@ -30,12 +30,12 @@ def fast_length(
         if rest == 1: return n
         n += 2
 
-# %% ../../nbs/algorithms/fft.ipynb #fcd05001
+# %% ../../nbs/algorithms/fft.ipynb #4eecad10
 def _lengths(g, sizes):
     "The ring's length per axis, for inputs of these sizes."
     return tuple(fast_length(max(size + before, k - before + (o - 1) * s, k))
                  for size, k, (before, _), o, s
-                 in zip(sizes, g.kernel_size, g.padding, g.output_shape[2:], g.stride))
+                 in zip(sizes, g.kernel_size, g.padding, g.out, g.stride))
 
 # %% ../../nbs/algorithms/fft.ipynb #2ad8ed95
 def _on_ring(x, w, lengths):
@@ -51,7 +51,7 @@ def _on_ring(x, w, lengths):
     y = mx.fft.irfftn(x @ w, s=lengths, axes=axes)  # (*lengths, groups, N, O/groups)
     return y.transpose(d + 1, d, d + 2, *axes)
 
-# %% ../../nbs/algorithms/fft.ipynb #453f9932
+# %% ../../nbs/algorithms/fft.ipynb #b1f6f2db
 def _whole(x, w, g):
     "A convolution on one ring. Strides leave out what they skip."
     lengths = _lengths(g, x.shape[2:])
@@ -60,7 +60,7 @@ def _whole(x, w, g):
     step = max(1, TILE // size) if w.shape[2] > 1 else w.shape[1]
     starts = [k - 1 - before for k, (before, _) in zip(g.kernel_size, g.padding)]
     kept = (..., *(slice(start, start + (o - 1) * s + 1, s)
-                   for start, o, s in zip(starts, g.output_shape[2:], g.stride)))
+                   for start, o, s in zip(starts, g.out, g.stride)))
     ys = [_on_ring(x, w[:, i : i + step], lengths)[kept] for i in range(0, w.shape[1], step)]
     return mx.concatenate(ys, 2).reshape(g.output_shape)
 

@@ -5,29 +5,27 @@
 # %% auto #0
 __all__ = ['columns', 'column_bytes', 'matmul']
 
-# %% ../../nbs/algorithms/matmul.ipynb #f018acb9
+# %% ../../nbs/algorithms/matmul.ipynb #9506a459
 from math import prod
 
 import mlx.core as mx
 
 from .. import blas
-from .native import as_convolution
-from .taps import OTHERS, WIDTH, tap_slices
+from .taps import OTHERS, WIDTH, in_full_precision, tap_slices
 from .tiles import in_tiles
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/matmul.ipynb #7a06290a
+# %% ../../nbs/algorithms/matmul.ipynb #80a83f53
 def columns(
     x: mx.array,  # (N, C, *spatial), padded
     g: Geometry,  # of a convolution that is not transposed
 ) -> mx.array:  # (N, groups, C/groups * taps, places)
     "What the taps meet at each place, as the columns of a matrix."
-    out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
     if prod(g.kernel_size) > 9: x = _unfolded(x, g)
     elif max(g.kernel_size) > 1: x = mx.stack([x[where] for _, where in tap_slices(g)], 2)
     else: x = x[next(tap_slices(g))[1]]
-    return x.reshape(len(x), g.groups, -1, prod(out))
+    return x.reshape(len(x), g.groups, -1, prod(g.out))
 
 # %% ../../nbs/algorithms/matmul.ipynb #2d7831b7
 def _unfolded(x, g):
@@ -35,17 +33,17 @@ def _unfolded(x, g):
     x = mx.stack([x[where] for _, where in tap_slices(g, WIDTH)], 2)
     return mx.stack([x[(*where, slice(None))] for _, where in tap_slices(g, OTHERS)], 2)
 
-# %% ../../nbs/algorithms/matmul.ipynb #eb2f6303
+# %% ../../nbs/algorithms/matmul.ipynb #256ae777
 def column_bytes(
     g: Geometry,  # of a convolution that is not transposed
     channels: int,  # of the input
     itemsize: int,  # bytes of a value
 ) -> int:  # bytes, 0 where nothing is copied
     "The size of all columns of a convolution with `channels` inputs."
-    places = prod(g.output_shape) // g.output_shape[-1 if g.channels_last else 1]
-    return places * channels * prod(g.kernel_size) * itemsize if prod(g.kernel_size) > 1 else 0
+    n_taps, places = prod(g.kernel_size), g.output_shape[0] * prod(g.out)
+    return places * channels * n_taps * itemsize if n_taps > 1 else 0
 
-# %% ../../nbs/algorithms/matmul.ipynb #069ccc0c
+# %% ../../nbs/algorithms/matmul.ipynb #445d7a3e
 def _multiplied(x, w, g):
     "A padded input (N, C, *spatial) times the weight, in the layout that the geometry asks for."
     column, w = columns(x, g), w.reshape(g.groups, len(w) // g.groups, -1)
@@ -54,18 +52,18 @@ def _multiplied(x, w, g):
         return (y if g.channels_last else y.swapaxes(1, 2)).reshape(g.output_shape)
     y = w @ column
     if not g.channels_last: return y.reshape(g.output_shape)
-    y = y.reshape(len(x), -1, *g.output_shape[1:-1])
+    y = y.reshape(len(x), -1, *g.out)
     return mx.contiguous(mx.moveaxis(y, 1, -1))
 
-# %% ../../nbs/algorithms/matmul.ipynb #f4597f08
+# %% ../../nbs/algorithms/matmul.ipynb #27bb7c1a
 def _padded_and_multiplied(x, w, g):
     if g.channels_last:
         x = mx.moveaxis(x, -1, 1)
         read_often = x.shape[1] < 16 and column_bytes(g, x.shape[1], 1) > 4 * x.size
         if g.groups > 1 or read_often or not blas.fast(): x = mx.contiguous(x)
-    return _multiplied(pad_axes(x, {2 + axis: p for axis, p in enumerate(g.padding)}), w, g)
+    return _multiplied(pad_axes(x, dict(enumerate(g.padding, 2))), w, g)
 
-# %% ../../nbs/algorithms/matmul.ipynb #e57e317e
+# %% ../../nbs/algorithms/matmul.ipynb #c73f35ec
 def matmul(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -73,6 +71,6 @@ def matmul(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "A product of the weights with the columns, for floating point and complex numbers."
     dtype = x.dtype
-    if dtype in (mx.float16, mx.bfloat16): x, w = x.astype(mx.float32), w.astype(mx.float32)
-    size = column_bytes(g, x.shape[-1 if g.channels_last else 1], x.itemsize)
+    x, w = in_full_precision(x, w)
+    size = column_bytes(g, x.shape[g.channel_axis], x.itemsize)
     return in_tiles(_padded_and_multiplied, x, w, g, size, least=w.nbytes).astype(dtype)

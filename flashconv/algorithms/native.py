@@ -27,7 +27,7 @@ def swap_channels(
     blocks = w.reshape(groups, -1, *w.shape[1:])
     return mx.flatten(blocks.swapaxes(1, 2), 0, 1)
 
-# %% ../../nbs/algorithms/native.ipynb #316d2411
+# %% ../../nbs/algorithms/native.ipynb #ee470e6b
 def as_convolution(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -36,36 +36,34 @@ def as_convolution(
     "The plain convolution that `g` amounts to; `x` and `w` as they are unless it is transposed."
     if not g.transposed: return x, w, g.padding, g.stride
     first = 1 if g.channels_last else 2
-    x = insert_zeros(x, {first + axis: step for axis, step in enumerate(g.stride)})
+    x = insert_zeros(x, dict(enumerate(g.stride, first)))
     spans = effective_kernel_size(g.kernel_size, g.dilation)
     amounts = [(span - 1 - before, span - 1 - after + extra)
                for span, (before, after), extra in zip(spans, g.padding, g.output_padding)]
-    x = pad_axes(x, {first + axis: (min(a, 0), min(b, 0)) for axis, (a, b) in enumerate(amounts)})
+    x = pad_axes(x, {axis: (min(a, 0), min(b, 0)) for axis, (a, b) in enumerate(amounts, first)})
     w = flip(swap_channels(w, g.groups), range(2, w.ndim))
     return x, w, tuple((max(a, 0), max(b, 0)) for a, b in amounts), (1,) * len(spans)
 
-# %% ../../nbs/algorithms/native.ipynb #22ef889f
+# %% ../../nbs/algorithms/native.ipynb #d43917a9
 def _by_depth(x, w, g):
     "A 3d convolution of (N, D, H, W, C) as a sum of 2d ones over planes."
-    n, (out, *_) = len(x), g.output_shape[1:] if g.channels_last else g.output_shape[2:]
     x, terms = pad_axes(x, {1: g.padding[0]}), []
     for tap in range(g.kernel_size[0]):
         start = tap * g.dilation[0]
-        planes = x[:, start : start + (out - 1) * g.stride[0] + 1 : g.stride[0]]
+        planes = x[:, start : start + (g.out[0] - 1) * g.stride[0] + 1 : g.stride[0]]
         terms.append(mx.conv_general(mx.flatten(planes, 0, 1), w[:, tap], g.stride[1:],
                                      tuple(zip(*g.padding[1:])), g.dilation[1:], groups=g.groups))
-    return mx.unflatten(added(terms), 0, (n, -1))
+    return mx.unflatten(added(terms), 0, (len(x), -1))
 
-# %% ../../nbs/algorithms/native.ipynb #e8c09231
+# %% ../../nbs/algorithms/native.ipynb #1b509c3c
 def _by_mlx(x, w, g):
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
     if len(g.stride) == 3: y = _by_depth(x, w, g)
     else: y = mx.conv_general(x, w, g.stride, tuple(zip(*g.padding)), g.dilation, groups=g.groups)
-    out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
-    if y.shape[1:-1] != out: y = y[(slice(None), *map(slice, out))]
+    if y.shape[1:-1] != g.out: y = y[(slice(None), *map(slice, g.out))]
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
 
-# %% ../../nbs/algorithms/native.ipynb #50567160
+# %% ../../nbs/algorithms/native.ipynb #500fb868
 def native(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -74,8 +72,7 @@ def native(
     "`mx.conv_general`, in float32, float16 and bfloat16."
     x, w, padding, stride = as_convolution(x, w, g)
     if g.transposed: g = replace(g, padding=padding, stride=stride, transposed=False)
-    places = prod(g.output_shape) // g.output_shape[-1 if g.channels_last else 1]
-    channels = x.shape[-1 if g.channels_last else 1]
+    places, channels = len(x) * prod(g.out), x.shape[g.channel_axis]
     size = places * channels * prod(g.kernel_size[-2:]) * x.itemsize
     if mx.default_device().type == mx.gpu: size = 0  # kernels there write no columns
     w = mx.moveaxis(w, 1, -1)

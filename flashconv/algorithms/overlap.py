@@ -105,7 +105,7 @@ def _tiles(axes, images, groups, outputs, size):
     return product(*([slice(i, min(i + max(1, step), n)) for i in range(0, n, max(1, step))]
                      for n, step in zip(lengths, steps)))
 
-# %% ../../nbs/algorithms/overlap.ipynb #d6692c58
+# %% ../../nbs/algorithms/overlap.ipynb #c2a1382d
 def overlap_add(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -113,13 +113,12 @@ def overlap_add(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "A product of the weights with the input, overlapped and added; not for integers."
     if g.channels_last and x.size * g.groups < len(w) ** 2: return _by_channels_first(x, w, g)
-    last, n = g.channels_last, len(g.stride)
-    sizes, out = (s[1:-1] if last else s[2:] for s in (x.shape, g.output_shape))
     axes = [_axis(*of_axis) for of_axis in zip(g.kernel_size, g.stride, (p[0] for p in g.padding),
-                                               g.dilation, sizes, out)]
+                                               g.dilation, g.sizes(x.shape), g.out)]
     if None in axes: return mx.zeros(g.output_shape, x.dtype)
     channels = (g.groups, w.shape[1])
-    y = mx.zeros((len(x), *out, *channels) if last else (len(x), *channels, *out), x.dtype)
+    shape = (*g.out, *channels) if g.channels_last else (*channels, *g.out)
+    y = mx.zeros((len(x), *shape), x.dtype)
     x, w = _grouped(x, w, g)
     for tile in _tiles(axes, y.shape[0], *channels, prod(g.kernel_size) * max(4, x.itemsize)):
         for where, part in _tile(x, w, g, axes, tile): y[where] = part.astype(y.dtype)
@@ -140,7 +139,7 @@ def _grouped(x, w, g):
     x = mx.moveaxis(mx.unflatten(x, -1, (g.groups, -1)), -2, 0)
     return x, mx.contiguous(w.swapaxes(2, 3))
 
-# %% ../../nbs/algorithms/overlap.ipynb #a447268f
+# %% ../../nbs/algorithms/overlap.ipynb #30f66858
 def _tile(x, w, g, axes, tile):
     "The parts of a tile, and where in the output they belong."
     last, (images, groups, outputs, rows) = g.channels_last, tile
@@ -151,11 +150,10 @@ def _tile(x, w, g, axes, tile):
     w = w[groups, :, :, outputs] if last else w[groups, :, outputs]
     stamps = _stamps(x.astype(w.dtype), w, pads, last)
     for phase, y in _phase_sums(stamps, axes, g.kernel_size, many, last):
-        out = g.output_shape[1:-1] if last else g.output_shape[2:]
-        where = [slice(r, n, s) for r, n, s in zip(phase, out, g.stride)]
+        where = [slice(r, n, s) for r, n, s in zip(phase, g.out, g.stride)]
         step, first = g.stride[0], phase[0] + start * g.stride[0]
-        where[0] = slice(first, min(out[0], first + many * step), step)
-        counts = [len(range(n)[at]) for n, at in zip(out, where)]
+        where[0] = slice(first, min(g.out[0], first + many * step), step)
+        counts = [len(range(n)[at]) for n, at in zip(g.out, where)]
         if not counts[0]: continue
         part = y[(slice(None),) * (1 if last else 3) + tuple(map(slice, counts))]
         yield (images, *where, groups, outputs) if last else (images, groups, outputs, *where), part

@@ -18,7 +18,7 @@ from .tiles import MOST_TILES, TILE, WHOLE, by_batch, by_groups, runs
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
-# %% ../../nbs/algorithms/places.ipynb #f47fc52f
+# %% ../../nbs/algorithms/places.ipynb #bf830f4b
 def _rows(x, g):
     "What each place sees: (groups, N * places, C/groups * taps)."
     by_groups = mx.unflatten(x, 1, (g.groups, -1)).swapaxes(0, 1)
@@ -26,8 +26,7 @@ def _rows(x, g):
     return mx.stack(seen, 2).reshape(g.groups, len(x) * len(seen), -1)
 
 def _places(g):
-    out = g.output_shape[2:]
-    return [where for _, where in slices(out, g.stride, g.kernel_size, g.dilation)]
+    return [where for _, where in slices(g.out, g.stride, g.kernel_size, g.dilation)]
 
 # %% ../../nbs/algorithms/places.ipynb #207cc2ab
 def _one_by_one(x, w, g):
@@ -36,24 +35,24 @@ def _one_by_one(x, w, g):
             for where in _places(g)]
     return mx.flatten(mx.stack(seen, -1), 2, 3)
 
-# %% ../../nbs/algorithms/places.ipynb #b0e1b88c
+# %% ../../nbs/algorithms/places.ipynb #75d91bf8
 def _heights(g):
     "How far the windows of all places reach, along each axis but the last."
     return [k + (out - 1) * stride
-            for k, out, stride in zip(g.kernel_size[:-1], g.output_shape[2:], g.stride)]
+            for k, out, stride in zip(g.kernel_size[:-1], g.out, g.stride)]
 
 def _strip_rows(x, g):
     "What the places of the width see in full height: (groups, N * places, C/groups * taps)."
     x = x[(..., *map(slice, _heights(g)), slice(None))]
     x = mx.unflatten(x, 1, (g.groups, -1)).swapaxes(0, 1)
     seen = [x[where] for _, where in
-            slices(g.output_shape[-1:], g.stride[-1:], g.kernel_size[-1:], g.dilation[-1:])]
+            slices(g.out[-1:], g.stride[-1:], g.kernel_size[-1:], g.dilation[-1:])]
     return mx.stack(seen, 2).reshape(g.groups, len(x[0]) * len(seen), -1)
 
 def _shifted(w, g):
     "The kernel at each place of the other axes, among zeros: (groups, O/groups * places, ...)."
     heights, shifted = _heights(g), []
-    for place in product(*map(range, g.output_shape[2:-1])):
+    for place in product(*map(range, g.out[:-1])):
         starts = [at * stride for at, stride in zip(place, g.stride)]
         shifted.append(pad_axes(w, {
             2 + axis: (start, height - k - start)
@@ -61,10 +60,10 @@ def _shifted(w, g):
     w = mx.unflatten(mx.stack(shifted, 1), 0, (g.groups, -1))
     return w.reshape(g.groups, w.shape[1] * len(shifted), -1)
 
-# %% ../../nbs/algorithms/places.ipynb #e78c1257
+# %% ../../nbs/algorithms/places.ipynb #9f36f8cc
 def _bytes(x, w, g):
     "What the rows take, and whether those of the width are the smaller ones."
-    *others, width = g.output_shape[2:]
+    *others, width = g.out
     rows = len(x) * x.shape[1] * prod(g.kernel_size) * prod(others) * width
     strips = prod(_heights(g)) * g.kernel_size[-1] * (
         len(x) * x.shape[1] * width + w.shape[0] * w.shape[1] * prod(others))
@@ -73,11 +72,11 @@ def _bytes(x, w, g):
         return rows * x.itemsize, False
     return strips * x.itemsize, True
 
-# %% ../../nbs/algorithms/places.ipynb #a8b2974d
+# %% ../../nbs/algorithms/places.ipynb #d4e2d0da
 def _placed(x, w, g):
     "A convolution, channels first."
-    n, (*others, width) = len(x), g.output_shape[2:]
-    x = pad_axes(x, {2 + axis: amounts for axis, amounts in enumerate(g.padding)})
+    n, (*others, width) = len(x), g.out
+    x = pad_axes(x, dict(enumerate(g.padding, 2)))
     if _bytes(x, w, g)[1]:
         y = _shifted(w, g) @ _strip_rows(x, g).swapaxes(1, 2)
         y = y.reshape(g.groups, -1, prod(others), n, width).swapaxes(2, 3)
@@ -88,7 +87,7 @@ def _placed(x, w, g):
     y = y.reshape(g.groups, -1, n, *others, width)
     return mx.flatten(mx.moveaxis(y, 2, 0), 1, 2)
 
-# %% ../../nbs/algorithms/places.ipynb #25bfce53
+# %% ../../nbs/algorithms/places.ipynb #b2e78b9c
 def _part(x, w, g, axis, start, stop):
     "Input, weight and geometry for part of the kernel; axis -1 is the channels'."
     if axis < 0:
@@ -96,7 +95,7 @@ def _part(x, w, g, axis, start, stop):
         return x, w[:, start:stop], g
     w = w[(slice(None),) * (2 + axis) + (slice(start, stop),)]
     first = start * g.dilation[axis] - g.padding[axis][0]
-    reach = (stop - start - 1) * g.dilation[axis] + (g.output_shape[2 + axis] - 1) * g.stride[axis]
+    reach = (stop - start - 1) * g.dilation[axis] + (g.out[axis] - 1) * g.stride[axis]
     padding, kernel = list(g.padding), list(g.kernel_size)
     padding[axis] = -first, first + reach + 1 - x.shape[2 + axis]
     kernel[axis] = stop - start

@@ -30,7 +30,7 @@ def slices(
         yield index, (..., *(slice(start, start + (n - 1) * s + 1, s)
                              for start, n, s in zip(starts, counts, step)))
 
-# %% ../../nbs/algorithms/taps.ipynb #8ea554bd
+# %% ../../nbs/algorithms/taps.ipynb #71deefd8
 WIDTH, OTHERS = slice(-1, None), slice(-1)  # axes: the last one, all but that
 
 def tap_slices(
@@ -38,8 +38,7 @@ def tap_slices(
     axes: slice = slice(None),  # which of its spatial ones
 ):  # yields (tap, slice of those axes, which are the last ones)
     "What each tap meets, along some axes."
-    out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
-    return slices(*(of[axes] for of in (g.kernel_size, g.dilation, out, g.stride)))
+    return slices(*(of[axes] for of in (g.kernel_size, g.dilation, g.out, g.stride)))
 
 # %% ../../nbs/algorithms/taps.ipynb #5e78d862
 def channel_products(
@@ -94,45 +93,42 @@ def channels_first(
     x = mx.contiguous(mx.moveaxis(x, -1, 1))  # one copy, where each tap would be a slow one
     return x, replace(g, channels_last=False, output_shape=(n, channels, *out))
 
-# %% ../../nbs/algorithms/taps.ipynb #910dd8cc
+# %% ../../nbs/algorithms/taps.ipynb #39a8c4b8
 def _summed(x, w, g):
     "A convolution, channels first."
-    out, w = g.output_shape[2:], w.reshape(g.groups, -1, *w.shape[1:])
-    x = pad_axes(x, {2 + axis: amounts for axis, amounts in enumerate(g.padding)})
+    w = w.reshape(g.groups, -1, *w.shape[1:])
+    x = pad_axes(x, dict(enumerate(g.padding, 2)))
     shape = len(x), g.groups, w.shape[2], -1
     y = added([channel_products(w[(..., *tap)], x[where].reshape(shape))
                 for tap, where in tap_slices(g)])
-    return y.reshape(len(x), -1, *out)
+    return y.reshape(len(x), -1, *g.out)
 
-# %% ../../nbs/algorithms/taps.ipynb #d299c020
+# %% ../../nbs/algorithms/taps.ipynb #4abbeb00
 def _channel_by_channel(x, w, g):
     "A convolution with one channel per group, in the layout of its input."
-    out = g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
-    before = 1 if g.channels_last else 2  # axes before the spatial ones
-    x = pad_axes(x, {before + axis: amounts for axis, amounts in enumerate(g.padding)})
+    x = pad_axes(x, dict(enumerate(g.padding, 1 if g.channels_last else 2)))
     x = mx.expand_dims(x, -1 if g.channels_last else 2)
     w = mx.contiguous(mx.moveaxis(w[:, 0], 0, -1))  # a tap's weights lie together
     w = mx.unflatten(w, -1, (g.groups, -1))  # (*kernel, groups, O/groups)
-    beside = () if g.channels_last else (..., *(None,) * len(out))
-    y = added([x[_from(where, g)] * w[(*tap, *beside)]
-               for tap, where in tap_slices(g)])
+    beside = () if g.channels_last else (..., *(None,) * len(g.out))
+    y = added([x[_from(where, g)] * w[(*tap, *beside)] for tap, where in tap_slices(g)])
     return mx.flatten(y, -2, -1) if g.channels_last else mx.flatten(y, 1, 2)
 
 def _from(where, g):
     "Slices of the last axes as slices of the spatial ones."
     return (slice(None), *where[1:]) if g.channels_last else where
 
-# %% ../../nbs/algorithms/taps.ipynb #e3a7b7c2
+# %% ../../nbs/algorithms/taps.ipynb #bedb42c7
 def _stamped(x, w, g):
     "A transposed convolution, channels first."
-    out, size, batch = g.output_shape[2:], x.shape[2:], len(x)
+    size, batch = x.shape[2:], len(x)
     w = w.reshape(g.groups, -1, *w.shape[1:])
-    full = [o + before + after for o, (before, after) in zip(out, g.padding)]
+    full = [o + before + after for o, (before, after) in zip(g.out, g.padding)]
     flat, stamps = x.reshape(batch, g.groups, w.shape[1], -1), []
     for tap in product(*map(range, g.kernel_size)):
         y = channel_products(w[(..., *tap)].swapaxes(1, 2), flat).reshape(batch, -1, *size)
-        y = insert_zeros(y, {2 + axis: s for axis, s in enumerate(g.stride)})
+        y = insert_zeros(y, dict(enumerate(g.stride, 2)))
         starts = [t * d for t, d in zip(tap, g.dilation)]
         stamps.append(pad_axes(y, {axis: (start, n - start - y.shape[axis])
                                    for axis, (start, n) in enumerate(zip(starts, full), 2)}))
-    return added(stamps)[(..., *(slice(p[0], p[0] + o) for o, p in zip(out, g.padding)))]
+    return added(stamps)[(..., *(slice(p[0], p[0] + o) for o, p in zip(g.out, g.padding)))]

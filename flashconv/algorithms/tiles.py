@@ -40,7 +40,7 @@ def by_batch(
              for a, b in runs(len(x), parts)]
     return tiles, 0
 
-# %% ../../nbs/algorithms/tiles.ipynb #b0ccc651
+# %% ../../nbs/algorithms/tiles.ipynb #4edf7fe9
 def by_groups(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -48,7 +48,7 @@ def by_groups(
     parts: int,  # at most
 ) -> tuple:  # [(input, weight, geometry), ...], axis of the output
     "The same for groups. The weights of a group lie together, transposed or not."
-    axis, tiles = len(g.output_shape) - 1 if g.channels_last else 1, []
+    axis, tiles = g.channel_axis, []
     size = [n // g.groups for n in (x.shape[axis], len(w), g.output_shape[axis])]
     for a, b in runs(g.groups, parts):
         part = replace(g, groups=b - a, output_shape=_resized(g, axis, (b - a) * size[2]))
@@ -71,7 +71,7 @@ def _by_rows(x, w, g, parts, spatial):
         tiles.append((_cut(x, axis, max(start, 0), min(stop, x.shape[axis])), w, part))
     return tiles, axis
 
-# %% ../../nbs/algorithms/tiles.ipynb #01863783
+# %% ../../nbs/algorithms/tiles.ipynb #b0c063f3
 WHOLE, TILE = 32 * 2**20, 4 * 2**20  # bytes
 MOST_TILES = 256
 
@@ -87,11 +87,10 @@ def in_tiles(
     "An algorithm applied to the whole, or to parts for which it needs far less at a time."
     if size <= (tile or WHOLE): return f(x, w, g)
     if tile is None: tile = max(TILE, -(-size // MOST_TILES), least)
-    parts, out = -(-size // tile), g.output_shape[1:-1] if g.channels_last else g.output_shape[2:]
-    spatial = out.index(max(out))
+    parts, longest = -(-size // tile), g.out.index(max(g.out))
     if len(x) > 1: tiles, axis = by_batch(x, w, g, parts)
     elif g.groups > 1: tiles, axis = by_groups(x, w, g, parts)
-    elif max(out) > 1: tiles, axis = _by_rows(x, w, g, parts, spatial)
+    elif max(g.out) > 1: tiles, axis = _by_rows(x, w, g, parts, longest)
     else: return f(x, w, g)
     whole = g.output_shape[axis]
     return mx.concatenate([in_tiles(f, *part, size * part[2].output_shape[axis] // whole, tile)
