@@ -285,14 +285,14 @@ def test_a_kernel_as_long_as_the_input():
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("shape, weight, kw, room", (
-    ((1, 1, 4096, 4096), (1, 1, 7, 7), {"padding": 3}, 512),
-    ((4, 8, 1024, 1024), (8, 8, 3, 3), {"padding": 1}, 512),
-    ((1, 8, 1024, 1024), (8, 8, 3, 3), {"padding": 2, "dilation": 2}, 512),
-    ((1, 16, 1024, 1024), (16, 1, 5, 5), {"padding": 2, "groups": 16}, 512),
-    ((1, 2048, 2048, 8), (8, 8, 3, 3), {"padding": 1, "data_format": "channels_last"}, 768)))
-def test_weight_gradients_of_large_pictures(shape, weight, kw, room):
-    "Sums of parts: the gradient of each tap is a sum over the picture, and memory is bounded."
+@pytest.mark.parametrize("shape, weight, kw", (
+    ((1, 1, 4096, 4096), (1, 1, 7, 7), {"padding": 3}),
+    ((4, 8, 1024, 1024), (8, 8, 3, 3), {"padding": 1}),
+    ((1, 8, 1024, 1024), (8, 8, 3, 3), {"padding": 2, "dilation": 2}),
+    ((1, 16, 1024, 1024), (16, 1, 5, 5), {"padding": 2, "groups": 16}),
+    ((1, 2048, 2048, 8), (8, 8, 3, 3), {"padding": 1, "data_format": "channels_last"})))
+def test_weight_gradients_of_large_pictures(shape, weight, kw):
+    "The gradient of each tap is a sum over the picture, in parts of 32 MB, 20 of them at a time."
     last = "data_format" in kw
     x, w = mx.random.uniform(-1, 1, shape), mx.random.uniform(-1, 1, weight)
     y = F.conv2d(x, w, **kw)
@@ -300,7 +300,7 @@ def test_weight_gradients_of_large_pictures(shape, weight, kw, room):
     mx.eval(y)
     del y
     dw, workspace = beyond(lambda x, c: mx.vjp(lambda w: F.conv2d(x, w, **kw), [w], [c])[1][0], x, c)
-    assert workspace <= room * MIB
+    assert workspace <= 640 * MIB
     x, c = (np.array(a).astype(float) for a in (x, c))
     if last: x, c = np.moveaxis(x, -1, 1), np.moveaxis(c, -1, 1)
     p, d, size = kw["padding"], kw.get("dilation", 1), x.shape[2]

@@ -78,14 +78,14 @@ def _is_long(g, n_taps, n_places, per_group, fast_blas):
     if per_group <= (2 if strips else 4): return min(n_taps, n_places) >= few
     return some <= n_taps <= n_places and (axes == 1 or per_group <= 16)
 
-# %% ../../nbs/algorithms/choice.ipynb #32c00087
+# %% ../../nbs/algorithms/choice.ipynb #ec0a2e20
 def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas, strips):
     "The same for what is neither transposed nor long, on a CPU."
-    work = prod(g.output_shape) * inner * n_taps
-    copied = g.output_shape[0] * n_places * prod(g.stride) * inner  # by MLX, to have it in a row
+    work, many = prod(g.output_shape) * inner * n_taps, g.output_shape[0] * n_places
+    copied = many * prod(g.stride) * inner  # by MLX, to have it in a row
     if plain and max(work, copied) < _SMALL: return "native", "small: the fewest operations win"
     depthwise = inner == 1 and per_group <= 4 and n_taps > 1
-    as_mlx = plain and g.channels_last and 1 < n_taps and n_places >= 256 and len(g.stride) < 3
+    as_mlx = plain and g.channels_last and 1 < n_taps and many >= 256 and len(g.stride) < 3
     if strips < (0.6 if as_mlx else 1):
         return "mec", "strips of the width, with fewer copies than columns"
     if depthwise: return "taps", "one channel per group"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['columns', 'column_bytes', 'matmul']
 
-# %% ../../nbs/algorithms/matmul.ipynb #9506a459
+# %% ../../nbs/algorithms/matmul.ipynb #320691cc
+from dataclasses import replace
 from math import prod
 
 import mlx.core as mx
@@ -43,24 +44,40 @@ def column_bytes(
     n_taps, places = prod(g.kernel_size), g.output_shape[0] * prod(g.out)
     return places * channels * n_taps * itemsize if n_taps > 1 else 0
 
-# %% ../../nbs/algorithms/matmul.ipynb #445d7a3e
+# %% ../../nbs/algorithms/matmul.ipynb #8760ce04
 def _multiplied(x, w, g):
     "A padded input (N, C, *spatial) times the weight, in the layout that the geometry asks for."
-    column, w = columns(x, g), w.reshape(g.groups, len(w) // g.groups, -1)
+    n, row = len(x), g.groups == 1 < len(x) and blas.fast() and _is_small(g)
+    column, w = columns(*_in_a_row(x, g) if row else (x, g)), _as_matrices(w, g)
     if g.groups == 1 and blas.fast() and (g.channels_last or column.shape[3] < 64):
-        y = column[:, 0].swapaxes(1, 2) @ w.swapaxes(1, 2)  # (N, places, O)
-        return (y if g.channels_last else y.swapaxes(1, 2)).reshape(g.output_shape)
+        y = (column[:, 0].swapaxes(1, 2) @ w.swapaxes(1, 2)).reshape(n, *g.out, -1)
+        return y if g.channels_last else mx.contiguous(mx.moveaxis(y, -1, 1))
     y = w @ column
-    if not g.channels_last: return y.reshape(g.output_shape)
-    y = y.reshape(len(x), -1, *g.out)
-    return mx.contiguous(mx.moveaxis(y, 1, -1))
+    if row: return mx.contiguous(y.reshape(-1, n, *g.out).swapaxes(0, 1))
+    y = y.reshape(n, -1, *g.out)
+    return mx.contiguous(mx.moveaxis(y, 1, -1)) if g.channels_last else y
 
-# %% ../../nbs/algorithms/matmul.ipynb #27bb7c1a
+def _as_matrices(w, g): return w.reshape(g.groups, len(w) // g.groups, -1)
+
+# %% ../../nbs/algorithms/matmul.ipynb #d97f2941
+def _is_small(g): return prod(g.out) <= (256 if prod(g.kernel_size) > 1 else 64)
+
+def _in_a_row(x, g):
+    "A batch (N, C, *spatial) as one input, and its geometry."
+    one = {name: (1, *getattr(g, name)) for name in ("kernel_size", "stride", "dilation")}
+    return mx.contiguous(x.swapaxes(0, 1))[None], replace(
+        g, **one, padding=((0, 0), *g.padding), channels_last=False,
+        output_shape=(1, g.output_shape[g.channel_axis], len(x), *g.out))
+
+# %% ../../nbs/algorithms/matmul.ipynb #fbb11728
 def _padded_and_multiplied(x, w, g):
-    if g.channels_last:
-        x = mx.moveaxis(x, -1, 1)
-        read_often = x.shape[1] < 16 and column_bytes(g, x.shape[1], 1) > 4 * x.size
-        if g.groups > 1 or read_often or not blas.fast(): x = mx.contiguous(x)
+    if not g.channels_last: return _multiplied(pad_axes(x, dict(enumerate(g.padding, 2))), w, g)
+    if prod(g.kernel_size) == g.groups == 1 and blas.fast():
+        x = pad_axes(x, dict(enumerate(g.padding, 1)))
+        return x[(*next(tap_slices(g))[1], slice(None))] @ w.reshape(len(w), -1).T
+    x = mx.moveaxis(x, -1, 1)
+    read_often = x.shape[1] < 16 and column_bytes(g, x.shape[1], 1) > 4 * x.size
+    if g.groups > 1 or read_often or not blas.fast(): x = mx.contiguous(x)
     return _multiplied(pad_axes(x, dict(enumerate(g.padding, 2))), w, g)
 
 # %% ../../nbs/algorithms/matmul.ipynb #c73f35ec

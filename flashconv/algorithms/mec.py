@@ -84,7 +84,7 @@ def mec(
     else: f, w, least = _one_product, _in_one(w, g), 2 * TILE
     return in_tiles(f, x, w, g, size, least=max(least, w.nbytes)).astype(dtype)
 
-# %% ../../nbs/algorithms/mec.ipynb #0524f00f
+# %% ../../nbs/algorithms/mec.ipynb #f8ce69a8
 def strips_gradient(
     x: mx.array,  # (N, *spatial, C)
     cotangent: mx.array,  # of the output
@@ -103,8 +103,9 @@ def strips_gradient(
 def _products_with(cotangent, x, g):
     "(*taps of the other axes, O, taps of the width, C) of a padded input."
     g = replace(g, output_shape=cotangent.shape)
-    strips, cotangent = _strips(x, g), mx.flatten(cotangent, -3, -2).swapaxes(-1, -2)
-    w = [cotangent @ mx.flatten(strips[(*where, slice(None), slice(None))], -3, -2)
+    first = 0 if max(g.kernel_size[:-1], default=1) == 1 else -3  # axis of one large matrix
+    strips, cotangent = _strips(x, g), mx.flatten(cotangent, first, -2).swapaxes(-1, -2)
+    w = [cotangent @ mx.flatten(strips[(*where, slice(None), slice(None))], first, -2)
          for _, where in tap_slices(g, OTHERS)]
     w = mx.stack([a.sum(tuple(range(a.ndim - 2))) if a.ndim > 2 else a for a in w])
     return w.reshape(*g.kernel_size[:-1], -1, g.kernel_size[-1], x.shape[-1])

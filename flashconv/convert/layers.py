@@ -231,7 +231,7 @@ def _wrong(layer):
             yield (f"stride={stride} with output_padding={after} above padding={padding}, for "
                    "which MLX's gradient of the input has a wrong size")
 
-# %% ../../nbs/08_convert.ipynb #a85566d9
+# %% ../../nbs/08_convert.ipynb #61b2cdf6
 def to_mlx(
     layer: nn.Module,  # flashconv's Conv1d to Conv3d or ConvTranspose1d to 3d, not lazy
 ) -> nn.Module:  # mlx.nn's layer of that name
@@ -249,7 +249,8 @@ def to_mlx(
             [*_lacking(layer), *(_wrong(layer) if layer.transposed else ())])
     theirs = getattr(nn, cls.__name__)(
         layer.in_channels, layer.out_channels, bias=layer.bias is not None, **_mlx_numbers(layer))
-    theirs.weight = mx.moveaxis(layer.weight, 0 if layer.transposed else 1, -1)
+    place = 0 if layer.transposed else 1
+    theirs.weight = mx.contiguous(mx.moveaxis(layer.weight, place, -1))
     if layer.bias is not None: theirs.bias = mx.array(layer.bias)
     theirs._no_grad.update(layer._no_grad)
     return theirs.train(layer.training)
