@@ -213,7 +213,7 @@ def is_channels_last(
     raise ValueError("data_format must be one of {'channels_first', 'channels_last'}, but got "
                      f"data_format={data_format!r}")
 
-# %% ../nbs/00_arithmetic.ipynb #fe246061
+# %% ../nbs/00_arithmetic.ipynb #c0d265ac
 @dataclass(frozen=True)
 class Geometry:
     "One checked convolution: all that an algorithm has to know besides the two arrays."
@@ -236,6 +236,9 @@ class Geometry:
 
     @cached_property
     def out(self): return self.sizes(self.output_shape)  # outputs per axis
+
+    @cached_property
+    def spans(self): return effective_kernel_size(self.kernel_size, self.dilation)  # per axis
 
     @property
     def channel_axis(self): return len(self.output_shape) - 1 if self.channels_last else 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'possible', 'algorithm', 'choose', 'choose_for_weight']
 
-# %% ../../nbs/algorithms/choice.ipynb #ee1cb49a
+# %% ../../nbs/algorithms/choice.ipynb #327a1c3d
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -21,7 +21,7 @@ from .native import native
 from .overlap import overlap_add
 from .places import places
 from .taps import taps
-from ..arithmetic import Geometry, effective_kernel_size, is_one_of
+from ..arithmetic import Geometry, is_one_of
 
 # %% ../../nbs/algorithms/choice.ipynb #2925c1fb
 ALGORITHMS = {f.__name__: f for f in (native, matmul, mec, taps, places, fft, overlap_add)}
@@ -42,31 +42,31 @@ def possible(
         overlap_add=inexact and g.transposed)
     return [name for name in ALGORITHMS if defined[name]]
 
-# %% ../../nbs/algorithms/choice.ipynb #41aae33d
+# %% ../../nbs/algorithms/choice.ipynb #2520d47e
 _MOST_STEPS = 256  # a longer graph costs more than it saves
 _MOST_STAMPS = 16  # on one output, of a kernel with more taps than that
-_SMALL = 2**18  # multiplications that take as long as preparing a few operations
 
 @lru_cache(maxsize=4096)
 def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
     "The name of an algorithm that is fast for a call, and why."
     n_taps, n_places, names = prod(g.kernel_size), prod(g.out), possible(g, dtype)
-    inner, per_group = weight_shape[1], weight_shape[0] // g.groups
+    per_group = weight_shape[0] // g.groups
     if not on_gpu and "fft" in names and _is_long(g, n_taps, n_places, per_group, fast_blas):
         return "fft", "a long kernel" if n_taps <= n_places else "many outputs of a long kernel"
+    plain = "native" in names and g.groups == max(g.dilation) == 1 and len(g.stride) < 3
+    written = {} if on_gpu or g.transposed or not fast_blas else _written(g, weight_shape, plain)
     if "places" in names and n_places < n_taps and n_places <= _MOST_STEPS:
-        return "places", "fewer outputs than taps"
+        return _rule_for_places(written)
     if "overlap_add" in names and n_taps <= max(_MOST_STEPS, _MOST_STAMPS * prod(g.stride)):
         return "overlap_add", "transposed with a stride"
-    strips = inf if on_gpu or not fast_blas else _strips(g, n_taps, n_places, inner, per_group)
-    if n_taps > _MOST_STEPS and "native" in names and strips >= 1:
+    strips = written and written["mec"] < written["matmul"]
+    if n_taps > _MOST_STEPS and "native" in names and not strips:
         return "native", f"more than {_MOST_STEPS} taps"
     if "matmul" not in names: return "taps", "what no other algorithm takes"
     if on_gpu:
         return ("native", "a GPU has a kernel for it") if "native" in names else (
             "matmul", "MLX's convolution lacks this dtype")
-    plain = dtype in (mx.float32, mx.float16, mx.bfloat16) and g.groups == max(g.dilation) == 1
-    return _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas, strips)
+    return _rule_on_cpus(g, weight_shape, plain, written)
 
 # %% ../../nbs/algorithms/choice.ipynb #d036b36e
 def _is_long(g, n_taps, n_places, per_group, fast_blas):
@@ -78,36 +78,59 @@ def _is_long(g, n_taps, n_places, per_group, fast_blas):
     if per_group <= (2 if strips else 4): return min(n_taps, n_places) >= few
     return some <= n_taps <= n_places and (axes == 1 or per_group <= 16)
 
-# %% ../../nbs/algorithms/choice.ipynb #ec0a2e20
-def _rule_on_cpus(g, n_taps, n_places, inner, per_group, plain, fast_blas, strips):
+# %% ../../nbs/algorithms/choice.ipynb #c392683a
+_SMALL = 2**18  # multiplications that take Netlib as long as preparing a few operations
+
+def _rule_on_cpus(g, weight_shape, plain, written):
     "The same for what is neither transposed nor long, on a CPU."
-    work, many = prod(g.output_shape) * inner * n_taps, g.output_shape[0] * n_places
-    copied = many * prod(g.stride) * inner  # by MLX, to have it in a row
-    if plain and max(work, copied) < _SMALL: return "native", "small: the fewest operations win"
-    depthwise = inner == 1 and per_group <= 4 and n_taps > 1
-    as_mlx = plain and g.channels_last and 1 < n_taps and many >= 256 and len(g.stride) < 3
-    if strips < (0.6 if as_mlx else 1):
-        return "mec", "strips of the width, with fewer copies than columns"
-    if depthwise: return "taps", "one channel per group"
-    if as_mlx and fast_blas: return "native", "dense and channels last: as MLX has it"
+    inner, per_group, n_taps = weight_shape[1], weight_shape[0] // g.groups, prod(g.kernel_size)
+    many = g.output_shape[0] * prod(g.out)
+    work, copied = many * prod(weight_shape), many * prod(g.stride) * inner
+    if plain and not written and max(work, copied) < _SMALL: return "native", "small"
+    costs = {name: written.get(name, inf) for name in ("matmul", "mec", "native")}
+    name = min(costs, key=costs.get)
+    if name == "native": return name, "the fewest copies, in one operation"
+    if name == "mec": return name, "strips of the width, with fewer copies than columns"
+    if inner == 1 and per_group <= 4 and n_taps > 1: return "taps", "one channel per group"
     return "matmul", "a matrix product with the columns"
 
-# %% ../../nbs/algorithms/choice.ipynb #38dfd70e
-def _strips(g, n_taps, n_places, inner, per_group):
-    "What strips copy, as a part of what columns do; infinitely much where they are no use."
-    n, channels, outputs = g.output_shape[0], inner * g.groups, per_group * g.groups
-    columns, width = column_bytes(g, channels, 1), g.kernel_size[-1]
-    no_use = g.transposed or len(g.stride) == 1 or max(g.stride[:-1]) > 1
-    if no_use or columns == 0: return inf
-    spans = effective_kernel_size(g.kernel_size, g.dilation)
-    rows = n * g.out[-1] * prod(o + span - 1 for o, span in zip(g.out[:-1], spans))
-    copied = rows * channels * width + 3 * outputs * inner * n_taps
-    if g.channels_last and g.groups == 1:
-        return (copied + 0.3 * n * n_places * outputs * (n_taps // width)) / columns
-    wasted = (rows - n * n_places) * channels * n_taps * per_group
-    sums = 0.75 * rows * outputs * (n_taps // width)
-    layout = n * n_places * (channels + outputs) if g.channels_last else 0
-    return (copied + sums + wasted / 200 + 2 * layout) / columns
+# %% ../../nbs/algorithms/choice.ipynb #64439b7d
+_STEPS = 160_000  # copied values that take as long as preparing a dozen operations
+
+def _written(g, weight_shape, plain):
+    "About how many values each algorithm writes, on a CPU with a fast BLAS."
+    (outputs, inner), n, n_taps = weight_shape[:2], g.output_shape[0], prod(g.kernel_size)
+    reach = [(o - 1) * s + span for o, s, span in zip(g.out, g.stride, g.spans)]
+    columns, seen = column_bytes(g, inner * g.groups, 1), n * inner * prod(reach)
+    native = 0.6 * columns + seen if plain and n_taps > 1 else inf
+    if inner > 1: native += prod(weight_shape) + (0 if g.channels_last else seen)
+    if not g.channels_last: native += n * prod(g.out) * outputs
+    others, width = g.out[:-1], g.kernel_size[-1]
+    strips = prod(reach[:-1]) * width * (n * inner * g.out[-1] + outputs * inner * prod(others))
+    return {"native": native, "mec": _STEPS + _strips(g, weight_shape, columns, reach),
+            "matmul": columns + _STEPS * (n_taps > 1), "places": min(columns, strips) + _STEPS}
+
+# %% ../../nbs/algorithms/choice.ipynb #88b0f903
+def _strips(g, weight_shape, columns, reach):
+    "The values that strips write; infinitely many where they are no use."
+    if len(g.stride) == 1 or max(g.stride[:-1]) > 1 or columns == 0: return inf
+    outputs, inner, *kernel, width = weight_shape
+    n, channels = g.output_shape[0], inner * g.groups
+    rows, places = n * g.out[-1] * prod(reach[:-1]), n * prod(g.out)
+    copied = rows * channels * width + 3 * prod(weight_shape)
+    if g.channels_last and g.groups == 1: return copied + 0.3 * places * outputs * prod(kernel)
+    wasted = (rows - places) * prod(weight_shape)
+    layout = places * (channels + outputs) if g.channels_last else 0
+    return copied + 0.75 * rows * outputs * prod(kernel) + wasted / 200 + 2 * layout
+
+# %% ../../nbs/algorithms/choice.ipynb #08921b44
+_MOST_COLUMNS = 2**21  # values that may be written at once for the gradient of a weight
+
+def _rule_for_places(written):
+    "The same for fewer places than taps."
+    if written and written["native"] < min(written["places"], _MOST_COLUMNS):
+        return "native", "the fewest copies, in one operation"
+    return "places", "fewer outputs than taps"
 
 # %% ../../nbs/algorithms/choice.ipynb #11b60de6
 _forced = ContextVar("algorithm", default=None)
@@ -148,18 +171,20 @@ def choose(
         if name is not None: return name, "the fastest when tuned"
     return _rule(g, weight_shape, dtype, mx.default_device().type == mx.gpu, blas.fast())
 
-# %% ../../nbs/algorithms/choice.ipynb #ff544423
+# %% ../../nbs/algorithms/choice.ipynb #5e7d95b1
+_FEW_PRODUCTS = 2**20  # multiplications that a single operation does sooner
+
 def choose_for_weight(
     g: Geometry,  # of the layer
+    channels: int,  # of its input
 ) -> tuple | None:  # name and reason, or None
     "What the gradient of a weight is made of, if not of a convolution like any other."
-    if not g.channels_last or g.transposed or g.groups > 1 or max(g.stride[:-1], default=1) > 1:
-        return None
-    padded = max(max(pair) for pair in g.padding) > 0
-    if {*g.kernel_size, *g.stride} == {1} and not padded:
+    if not g.channels_last or g.transposed or g.groups > 1: return None
+    if max(g.kernel_size) == 1 and not max(map(max, g.padding)):
         return "matmul", "a product with the input as it lies"
-    if _forced.get() not in (None, "mec"): return None
+    if max(g.stride[:-1], default=1) > 1 or _forced.get() not in (None, "mec"): return None
     if mx.default_device().type == mx.gpu or not blas.fast(): return None
-    rows = prod(g.output_shape[:-1] if len(g.stride) == 1 else g.output_shape[-3:-1])
+    if prod(g.output_shape) * channels * prod(g.kernel_size) < _FEW_PRODUCTS: return None
+    rows = g.output_shape[0] * prod(g.out[-2:])
     if prod(g.kernel_size) > 27 or rows < g.output_shape[-1]: return None
     return "mec", "strips of the input, channels last, as they lie"

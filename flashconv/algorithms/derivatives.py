@@ -19,7 +19,7 @@ from .native import as_convolution
 from .taps import added
 from ..arithmetic import Geometry, transposed_output_size
 
-# %% ../../nbs/algorithms/derivatives.ipynb #20092def
+# %% ../../nbs/algorithms/derivatives.ipynb #f9dc27f8
 def convolve(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -27,7 +27,7 @@ def convolve(
     force: bool = False,  # whether `with algorithm(...)` must be obeyed, or only where it can be
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "Run a checked convolution by the algorithm that is chosen for it."
-    if g.transposed and max(g.stride) == 1: x, w, g = _turned(x, w, g)
+    if g.transposed and max(g.stride) == 1: x, w, g = as_convolution(x, w, g)
     if g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
     name, why = choose(g, w.shape, x.dtype, force)
     for seen in _watchers.get(): seen.append((name, why, x, w, g))
@@ -36,13 +36,6 @@ def convolve(
     return _with_rules(ALGORITHMS[name], g)(x, w)
 
 _watchers = ContextVar("watchers", default=())  # lists that `explain` has open in this thread
-
-# %% ../../nbs/algorithms/derivatives.ipynb #fc9e45d8
-def _turned(x, w, g):
-    "A transposed convolution of stride 1 as a convolution."
-    x, w, padding, _ = as_convolution(x, w, g)
-    zeros = (0,) * len(g.stride)
-    return x, w, replace(g, transposed=False, padding=padding, output_padding=zeros)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #5db4db2d
 def _has_the_larger_kernel(x, g):
@@ -82,7 +75,7 @@ def _with_rules(algorithm, g):
 
     return run
 
-# %% ../../nbs/algorithms/derivatives.ipynb #4cd47092
+# %% ../../nbs/algorithms/derivatives.ipynb #328b17cc
 def input_gradient(
     cotangent: mx.array,  # of the output
     w: mx.array,  # PyTorch's weight
@@ -90,21 +83,24 @@ def input_gradient(
     shape: tuple,  # of the input
 ) -> mx.array:  # cotangent of the input
     "The cotangent of a convolution's input: the transposed convolution of its output's."
-    back = replace(g, transposed=not g.transposed, output_shape=shape,
-                   output_padding=(0,) * len(g.stride))
-    if g.transposed: return convolve(cotangent, w, back)
-    reached = transposed_output_size(g.out, g.kernel_size, g.stride, 0, 0, g.dilation)
-    rest = tuple(i + sum(p) - r for i, p, r in zip(g.sizes(shape), g.padding, reached))
-    return convolve(cotangent, w, replace(back, output_padding=rest))
+    return convolve(cotangent, w, _back(g, shape))
 
-# %% ../../nbs/algorithms/derivatives.ipynb #df3a4cb2
+@lru_cache(maxsize=4096)
+def _back(g, shape):
+    rest = (0,) * len(g.stride)
+    if not g.transposed:
+        reached = transposed_output_size(g.out, g.kernel_size, g.stride, 0, 0, g.dilation)
+        rest = tuple(i + sum(p) - r for i, p, r in zip(g.sizes(shape), g.padding, reached))
+    return replace(g, transposed=not g.transposed, output_shape=shape, output_padding=rest)
+
+# %% ../../nbs/algorithms/derivatives.ipynb #2cb16572
 def weight_gradient(
     x: mx.array,  # input
     cotangent: mx.array,  # of the output
     g: Geometry,  # of the convolution, transposed or not
 ) -> mx.array:  # cotangent of the weight, in PyTorch's layout
     "The cotangent of a convolution's weight: its input convolved with its output's cotangent."
-    direct = choose_for_weight(g)
+    direct = choose_for_weight(g, x.shape[g.channel_axis])
     if direct:
         w = mx.zeros((cotangent.shape[-1], x.shape[-1], *g.kernel_size), x.dtype)
         for seen in _watchers.get(): seen.append((*direct, x, w, g))
@@ -115,9 +111,12 @@ def weight_gradient(
     xs, ys = (a.reshape(len(a), g.groups, -1, *a.shape[2:]) for a in (x, cotangent))
     xs = mx.flatten(xs.swapaxes(0, 2), 1, 2)  # (C/groups, groups * N, *spatial)
     ys = mx.flatten(mx.moveaxis(ys, 0, 2), 0, 1)  # (groups * O/groups, N, *out)
-    swapped = Geometry(ys.shape[2:], g.dilation, g.padding, g.stride, (0,) * len(g.stride),
-                       g.groups, False, False, (len(xs), len(ys), *g.kernel_size))
-    return convolve(xs, ys, swapped).swapaxes(0, 1)
+    return convolve(xs, ys, _swapped(g, len(xs), ys.shape)).swapaxes(0, 1)
+
+@lru_cache(maxsize=4096)
+def _swapped(g, inner, shape):
+    return Geometry(shape[2:], g.dilation, g.padding, g.stride, (0,) * len(g.stride), g.groups,
+                    False, False, (inner, shape[0], *g.kernel_size))
 
 # %% ../../nbs/algorithms/derivatives.ipynb #b970cd82
 def add_bias(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['strip_bytes', 'mec', 'strips_gradient']
 
-# %% ../../nbs/algorithms/mec.ipynb #97fa1691
+# %% ../../nbs/algorithms/mec.ipynb #a2700482
 from dataclasses import replace
 from math import prod
 
@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .taps import OTHERS, WIDTH, added, in_full_precision, tap_slices
 from .tiles import TILE, WHOLE, in_tiles, runs
-from ..arithmetic import Geometry, effective_kernel_size
+from ..arithmetic import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/mec.ipynb #4f2d84f9
@@ -84,7 +84,7 @@ def mec(
     else: f, w, least = _one_product, _in_one(w, g), 2 * TILE
     return in_tiles(f, x, w, g, size, least=max(least, w.nbytes)).astype(dtype)
 
-# %% ../../nbs/algorithms/mec.ipynb #f8ce69a8
+# %% ../../nbs/algorithms/mec.ipynb #5f400cd9
 def strips_gradient(
     x: mx.array,  # (N, *spatial, C)
     cotangent: mx.array,  # of the output
@@ -95,7 +95,7 @@ def strips_gradient(
     x, cotangent = in_full_precision(x, cotangent)
     size = strip_bytes(g, x.shape, 0, x.itemsize)
     x = pad_axes(x, dict(enumerate(g.padding, 1)))
-    step, span = g.stride[0], effective_kernel_size(g.kernel_size, g.dilation)[0]
+    step, span = g.stride[0], g.spans[0]
     w = added([_products_with(cotangent[:, a:b], x[:, a * step : (b - 1) * step + span], g)
                for a, b in runs(g.out[0], -(-size // WHOLE))])
     return mx.moveaxis(mx.moveaxis(w, -1, 0), -2, 0).astype(dtype)
@@ -103,9 +103,10 @@ def strips_gradient(
 def _products_with(cotangent, x, g):
     "(*taps of the other axes, O, taps of the width, C) of a padded input."
     g = replace(g, output_shape=cotangent.shape)
-    first = 0 if max(g.kernel_size[:-1], default=1) == 1 else -3  # axis of one large matrix
+    x, cotangent = (mx.moveaxis(a, 0, -3) for a in (x, cotangent))  # pictures row by row
+    first = 0 if max(g.kernel_size[:-1], default=1) == 1 else max(-4, -x.ndim)
     strips, cotangent = _strips(x, g), mx.flatten(cotangent, first, -2).swapaxes(-1, -2)
-    w = [cotangent @ mx.flatten(strips[(*where, slice(None), slice(None))], first, -2)
+    w = [cotangent @ mx.flatten(strips[(*where, *(slice(None),) * 3)], first, -2)
          for _, where in tap_slices(g, OTHERS)]
     w = mx.stack([a.sum(tuple(range(a.ndim - 2))) if a.ndim > 2 else a for a in w])
     return w.reshape(*g.kernel_size[:-1], -1, g.kernel_size[-1], x.shape[-1])

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['swap_channels', 'as_convolution', 'native']
 
-# %% ../../nbs/algorithms/native.ipynb #de4b3a57
+# %% ../../nbs/algorithms/native.ipynb #a2bc15af
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 
 import mlx.core as mx
 
 from .taps import added
 from .tiles import WHOLE, in_tiles
-from ..arithmetic import Geometry, effective_kernel_size
+from ..arithmetic import Geometry
 from ..dilation import insert_zeros
 from ..padding import flip, pad_axes
 
@@ -27,22 +28,28 @@ def swap_channels(
     blocks = w.reshape(groups, -1, *w.shape[1:])
     return mx.flatten(blocks.swapaxes(1, 2), 0, 1)
 
-# %% ../../nbs/algorithms/native.ipynb #ee470e6b
+# %% ../../nbs/algorithms/native.ipynb #5422af2a
 def as_convolution(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # of any convolution
-) -> tuple:  # input, weight, (before, after) of zeros per axis, stride
-    "The plain convolution that `g` amounts to; `x` and `w` as they are unless it is transposed."
-    if not g.transposed: return x, w, g.padding, g.stride
-    first = 1 if g.channels_last else 2
-    x = insert_zeros(x, dict(enumerate(g.stride, first)))
-    spans = effective_kernel_size(g.kernel_size, g.dilation)
+) -> tuple:  # input, weight, geometry
+    "The plain convolution that `g` amounts to; all as they are unless it is transposed."
+    if not g.transposed: return x, w, g
+    first, (plain, cropped) = 1 if g.channels_last else 2, _plain_geometry(g)
+    if max(g.stride) > 1: x = insert_zeros(x, dict(enumerate(g.stride, first)))
+    if any(map(any, cropped)): x = pad_axes(x, dict(enumerate(cropped, first)))
+    return x, flip(swap_channels(w, g.groups), range(2, w.ndim)), plain
+
+@lru_cache(maxsize=4096)
+def _plain_geometry(g):
+    "The geometry of that, and the amounts, not above zero, by which the input is padded before."
     amounts = [(span - 1 - before, span - 1 - after + extra)
-               for span, (before, after), extra in zip(spans, g.padding, g.output_padding)]
-    x = pad_axes(x, {axis: (min(a, 0), min(b, 0)) for axis, (a, b) in enumerate(amounts, first)})
-    w = flip(swap_channels(w, g.groups), range(2, w.ndim))
-    return x, w, tuple((max(a, 0), max(b, 0)) for a, b in amounts), (1,) * len(spans)
+               for span, (before, after), extra in zip(g.spans, g.padding, g.output_padding)]
+    plain = replace(g, transposed=False, stride=(1,) * len(g.stride),
+                    output_padding=(0,) * len(g.stride),
+                    padding=tuple((max(a, 0), max(b, 0)) for a, b in amounts))
+    return plain, [(min(a, 0), min(b, 0)) for a, b in amounts]
 
 # %% ../../nbs/algorithms/native.ipynb #d43917a9
 def _by_depth(x, w, g):
@@ -63,15 +70,14 @@ def _by_mlx(x, w, g):
     if y.shape[1:-1] != g.out: y = y[(slice(None), *map(slice, g.out))]
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
 
-# %% ../../nbs/algorithms/native.ipynb #500fb868
+# %% ../../nbs/algorithms/native.ipynb #2dc92901
 def native(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # everything else
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "`mx.conv_general`, in float32, float16 and bfloat16."
-    x, w, padding, stride = as_convolution(x, w, g)
-    if g.transposed: g = replace(g, padding=padding, stride=stride, transposed=False)
+    x, w, g = as_convolution(x, w, g)
     places, channels = len(x) * prod(g.out), x.shape[g.channel_axis]
     size = places * channels * prod(g.kernel_size[-2:]) * x.itemsize
     if mx.default_device().type == mx.gpu: size = 0  # kernels there write no columns

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['WHOLE', 'TILE', 'MOST_TILES', 'runs', 'by_batch', 'by_groups', 'in_tiles']
 
-# %% ../../nbs/algorithms/tiles.ipynb #39bcdf43
+# %% ../../nbs/algorithms/tiles.ipynb #0e106eef
 from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
 
-from ..arithmetic import Geometry, effective_kernel_size
+from ..arithmetic import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/tiles.ipynb #f004ffd2
@@ -55,11 +55,11 @@ def by_groups(
         tiles.append((_cut(x, axis, a * size[0], b * size[0]), w[a * size[1] : b * size[1]], part))
     return tiles, axis
 
-# %% ../../nbs/algorithms/tiles.ipynb #3f22fc27
+# %% ../../nbs/algorithms/tiles.ipynb #ea06368e
 def _by_rows(x, w, g, parts, spatial):
     "The same for runs of outputs along a spatial axis, each with its share of the padding."
     axis = spatial + (1 if g.channels_last else 2)
-    step, span = g.stride[spatial], effective_kernel_size(g.kernel_size, g.dilation)[spatial]
+    step, span = g.stride[spatial], g.spans[spatial]
     tiles, before = [], g.padding[spatial][0]
     if max(g.padding[spatial]) >= span:  # a part could have nothing but padding
         x, before = pad_axes(x, {axis: g.padding[spatial]}), 0
