@@ -94,7 +94,7 @@ def _rule_on_cpus(g, weight_shape, plain, written):
     if inner == 1 and per_group <= 4 and n_taps > 1: return "taps", "one channel per group"
     return "matmul", "a matrix product with the columns"
 
-# %% ../../nbs/algorithms/choice.ipynb #64439b7d
+# %% ../../nbs/algorithms/choice.ipynb #c8f5e705
 _STEPS = 160_000  # copied values that take as long as preparing a dozen operations
 
 def _written(g, weight_shape, plain):
@@ -105,10 +105,12 @@ def _written(g, weight_shape, plain):
     native = 0.6 * columns + seen if plain and n_taps > 1 else inf
     if inner > 1: native += prod(weight_shape) + (0 if g.channels_last else seen)
     if not g.channels_last: native += n * prod(g.out) * outputs
+    matmul = columns + _STEPS * (n_taps > 1)
+    if g.channels_last and g.groups == 1 < n_taps: matmul += 0.7 * columns + seen
     others, width = g.out[:-1], g.kernel_size[-1]
     strips = prod(reach[:-1]) * width * (n * inner * g.out[-1] + outputs * inner * prod(others))
     return {"native": native, "mec": _STEPS + _strips(g, weight_shape, columns, reach),
-            "matmul": columns + _STEPS * (n_taps > 1), "places": min(columns, strips) + _STEPS}
+            "matmul": matmul, "places": min(columns, strips) + _STEPS}
 
 # %% ../../nbs/algorithms/choice.ipynb #88b0f903
 def _strips(g, weight_shape, columns, reach):
