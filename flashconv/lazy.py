@@ -64,7 +64,7 @@ for _name in """add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv m
                 int float complex index len iter getitem setitem array""".split():
     setattr(UninitializedParameter, f"__{_name}__", _refusal(f"__{_name}__"))
 
-# %% ../nbs/07_lazy.ipynb #fead205a
+# %% ../nbs/07_lazy.ipynb #4f64eb89
 class _Lazy:
     "What makes a layer lazy. Stands before a `_ConvNd` among the bases."
 
@@ -81,28 +81,23 @@ class _Lazy:
         "Initialize for the channels of `input`, become the full layer and apply it."
         with _first_call:
             if not isinstance(self, _Lazy): return self(input, *args, **kwargs)
-            restore = _snapshot(self)
-            try:
-                self.initialize_parameters(input)
-                return self(input, *args, **kwargs)
-            except BaseException:
-                restore()
-                raise
+            full = _twin(self)
+            full.initialize_parameters(input)
+            output = full(input, *args, **kwargs)
+            dict.update(self, full)
+            self.__dict__.update(full.__dict__)
+            self.__class__ = type(full)  # from here on other threads call it without waiting
+            return output
 
 _first_call = RLock()  # of several threads, one draws the parameters, and the others wait for it
 
-# %% ../nbs/07_lazy.ipynb #b57d963a
-def _snapshot(layer):
-    "A function that turns `layer` back into what it is now."
-    cls, items, attributes = type(layer), dict(layer), dict(layer.__dict__)
-
-    def restore():
-        layer.__class__ = cls
-        dict.clear(layer)
-        dict.update(layer, items)
-        layer.__dict__.clear()
-        layer.__dict__.update(attributes)
-    return restore
+# %% ../nbs/07_lazy.ipynb #17a104ca
+def _twin(layer):
+    "Another layer with the same parameters and attributes."
+    twin = type(layer).__new__(type(layer))
+    dict.update(twin, layer)
+    twin.__dict__.update(layer.__dict__)
+    return twin
 
 # %% ../nbs/07_lazy.ipynb #0702bdd9
 @patch
@@ -289,6 +284,19 @@ class LazyConvTranspose2d(_LazyConvTranspose, ConvTranspose2d):
 class LazyConvTranspose3d(_LazyConvTranspose, ConvTranspose3d):
     "`ConvTranspose3d` that takes `in_channels` from its first input."
     cls_to_become = ConvTranspose3d
+
+# %% ../nbs/07_lazy.ipynb #b57d963a
+def _snapshot(layer):
+    "A function that turns `layer` back into what it is now."
+    cls, items, attributes = type(layer), dict(layer), dict(layer.__dict__)
+
+    def restore():
+        layer.__class__ = cls
+        dict.clear(layer)
+        dict.update(layer, items)
+        layer.__dict__.clear()
+        layer.__dict__.update(attributes)
+    return restore
 
 # %% ../nbs/07_lazy.ipynb #f8cf9a3f
 def materialize(

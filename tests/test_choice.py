@@ -308,8 +308,8 @@ def test_rule(name, why, size, weight, kw, last):
     ((38, 38), (64, 64, 3, 3), {}, "mec", "native"),
     ((40, 40), (64, 64, 3, 3), {}, "mec", "native"),
     ((41, 41), (64, 64, 3, 3), {}, "mec", "mec"),
-    ((9, 9), (512, 512, 3, 3), {"batch": 8}, "matmul", "matmul"),
-    ((9, 9), (512, 512, 3, 3), {"batch": 9}, "matmul", "native"),
+    ((9, 9), (512, 512, 3, 3), {"batch": 10}, "matmul", "matmul"),
+    ((9, 9), (512, 512, 3, 3), {"batch": 11}, "matmul", "native"),
     ((224, 224), (64, 3, 7, 7), {"stride": 2}, "matmul", "native"),
     ((6, 6), (64, 64, 3, 3), {"blas": False}, "matmul", "matmul")))
 def test_rule_that_tells_the_layouts_apart(size, weight, kw, first, last):

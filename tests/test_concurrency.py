@@ -195,15 +195,15 @@ def test_first_call_of_a_lazy_layer():
 
 
 def test_a_lazy_layer_whose_first_call_fails_elsewhere():
-    "A thread that has been refused does not take back what another one has made."
-    layer = flashconv.LazyConv2d(4, 3)
-
+    "A thread that has been refused does not take back what another one has made, or uses by now."
     def refused():
         with pytest.raises(RuntimeError): layer(mx.ones((1, 3, 2, 2)))
 
     def job(): return layer(mx.ones((1, 3, 8, 8))).shape
 
-    assert together(job, refused, job, refused) == [(1, 4, 6, 6), None, (1, 4, 6, 6), None]
+    for _ in range(40):
+        layer = flashconv.LazyConv2d(4, 3)
+        assert together(job, refused, job, refused) == [(1, 4, 6, 6), None, (1, 4, 6, 6), None]
     assert type(layer) is flashconv.Conv2d
 
 

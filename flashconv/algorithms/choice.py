@@ -94,7 +94,7 @@ def _rule_on_cpus(g, weight_shape, plain, written):
     if inner == 1 and per_group <= 4 and n_taps > 1: return "taps", "one channel per group"
     return "matmul", "a matrix product with the columns"
 
-# %% ../../nbs/algorithms/choice.ipynb #c8f5e705
+# %% ../../nbs/algorithms/choice.ipynb #a5f563a4
 _STEPS = 160_000  # copied values that take as long as preparing a dozen operations
 
 def _written(g, weight_shape, plain):
@@ -102,11 +102,11 @@ def _written(g, weight_shape, plain):
     (outputs, inner), n, n_taps = weight_shape[:2], g.output_shape[0], prod(g.kernel_size)
     reach = [(o - 1) * s + span for o, s, span in zip(g.out, g.stride, g.spans)]
     columns, seen = column_bytes(g, inner * g.groups, 1), n * inner * prod(reach)
-    native = 0.6 * columns + seen if plain and n_taps > 1 else inf
+    native = 0.6 * columns + seen if plain and n_taps > 1 and seen < 2**31 else inf
     if inner > 1: native += prod(weight_shape) + (0 if g.channels_last else seen)
     if not g.channels_last: native += n * prod(g.out) * outputs
     matmul = columns + _STEPS * (n_taps > 1)
-    if g.channels_last and g.groups == 1 < n_taps: matmul += 0.7 * columns + seen
+    if g.channels_last and g.groups == 1: matmul += 0.7 * columns
     others, width = g.out[:-1], g.kernel_size[-1]
     strips = prod(reach[:-1]) * width * (n * inner * g.out[-1] + outputs * inner * prod(others))
     return {"native": native, "mec": _STEPS + _strips(g, weight_shape, columns, reach),
