@@ -293,7 +293,8 @@ def ruled(size, weight, batch=1, groups=1, stride=1, dilation=1, dtype=mx.float3
     ("native", "", (9, 9), (8, 8, 3, 3), {"dtype": mx.bfloat16}),
     ("native", "", (37, 37), (64, 64, 3, 3), {}), ("mec", "strips", (41, 41), (64, 64, 3, 3), {}),
     ("matmul", "", (16, 16), (64, 64, 1, 1), {}),
-    (("matmul", "mec"), "", (9,) * 3, (64, 64, 1, 1, 2), {}), ("mec", "", (9,) * 3, (64, 64, 3, 3, 3), {"batch": 9}),
+    (("matmul", "mec"), "", (9,) * 3, (64, 64, 1, 1, 2), {}),
+    ("mec", "", (9,) * 3, (64, 64, 3, 3, 3), {"batch": 9}),
     ("matmul", "", (18, 18), (64, 64, 3, 3), {"blas": False}),
     (("matmul", "mec"), "", (45, 45), (256, 256, 3, 3), {"dilation": 6}),
 ), ids=lambda v: str(v).replace(" ", "") if v != "" else "any")

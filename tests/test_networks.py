@@ -198,10 +198,12 @@ def losses_of_mlx(ours, x, target, steps):
 def test_fine_tuning(name, tmp_path):
     """Six steps in training mode: the losses are PyTorch's, and so are the statistics after them.
 
-    A rounding that takes one value across the kink of a ReLU moves a loss of ResNet-18 by 0.3%,
-    whichever algorithm makes it; those that meet none are within 2e-5.
+    With these pictures no value of ResNet-18's lies so near the kink of a ReLU that rounding takes
+    it across. One that does moves a loss by 0.3%, whichever algorithm runs.
     """
     theirs, x = network(name)
+    torch.manual_seed(1)
+    x = torch.randn_like(x)
     x = torch.cat([x, x.flip(-1), -x])
     ours = carried_over(theirs, tmp_path / "a.safetensors").train()
     with torch.no_grad(): target = torch.tanh(torch.randn_like(theirs(x)))
@@ -209,7 +211,7 @@ def test_fine_tuning(name, tmp_path):
     right = list(losses_of_torch(theirs, x, target, 6))
     assert right[-1] < 0.99 * right[0]
     losses = list(losses_of_mlx(ours, to_mlx(x, "float32", True), to_mlx(target, "float32", True), 6))
-    np.testing.assert_allclose(losses, right, 5e-3)
+    np.testing.assert_allclose(losses, right, 1e-3)
     for key, value in flashconv.to_torch_state(ours).items():
         if "running" in key:
             torch.testing.assert_close(value, theirs.state_dict()[key], rtol=1e-2, atol=1e-3)

@@ -1,4 +1,5 @@
 """The package as it is imported, and the repository as it is committed."""
+import ast
 import configparser
 import importlib
 import pkgutil
@@ -27,10 +28,20 @@ def python(code, cwd=None):
 
 # The import ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("module", ("matplotlib", "torch", "PIL", "nbdev", "IPython", "asyncio", "flashconv.draw"))
+@pytest.mark.parametrize("module", ("matplotlib", "torch", "PIL", "nbdev", "IPython", "asyncio",
+                                    "flashconv.draw"))
 def test_import_leaves_out(module):
     "What drawing, judging and building need is not loaded with the layers."
     assert python(f"import sys, flashconv; print({module!r} in sys.modules)") == "False\n"
+
+
+def test_import_is_light():
+    "MLX, NumPy and fastcore are all that it loads beside Python's own modules."
+    code = ("import os, sys\nos.environ['FLASHCONV_BLAS'] = 'off'\nbefore = set(sys.modules)\n"
+            "import flashconv\nloaded = {name.partition('.')[0] for name in {*sys.modules} - before}\n"
+            "print(sorted(loaded - sys.stdlib_module_names))")
+    loaded = ast.literal_eval(python(code))
+    assert set(loaded) == {"flashconv", "mlx", "numpy", "fastcore"}
 
 
 def test_import_leaves_mlx_alone():
