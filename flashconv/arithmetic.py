@@ -7,10 +7,10 @@ __all__ = ['as_int', 'is_one_of', 'effective_kernel_size', 'output_size', 'trans
            'same_padding', 'ReceptiveField', 'receptive_field', 'as_tuple', 'as_ints', 'is_channels_last', 'Geometry',
            'check_limit', 'conv_geometry']
 
-# %% ../nbs/00_arithmetic.ipynb #811c17d7
+# %% ../nbs/00_arithmetic.ipynb #662e748d
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, wraps
 from inspect import signature
 from math import prod
@@ -213,7 +213,7 @@ def is_channels_last(
     raise ValueError("data_format must be one of {'channels_first', 'channels_last'}, but got "
                      f"data_format={data_format!r}")
 
-# %% ../nbs/00_arithmetic.ipynb #c0d265ac
+# %% ../nbs/00_arithmetic.ipynb #3aae272a
 @dataclass(frozen=True)
 class Geometry:
     "One checked convolution: all that an algorithm has to know besides the two arrays."
@@ -239,6 +239,11 @@ class Geometry:
 
     @cached_property
     def spans(self): return effective_kernel_size(self.kernel_size, self.dilation)  # per axis
+
+    @cached_property
+    def channels_first(self):  # the same convolution, of arrays (N, C, *spatial)
+        shape = self.output_shape[0], self.output_shape[self.channel_axis], *self.out
+        return replace(self, channels_last=False, output_shape=shape)
 
     @property
     def channel_axis(self): return len(self.output_shape) - 1 if self.channels_last else 1

@@ -83,18 +83,17 @@ def _in_blocks(x, w, g):
     y = mx.unflatten(_whole(x, w, block), 0, (-1, count)).swapaxes(1, 2)
     return mx.flatten(y, 2, 3)[..., : out : g.stride[0]]
 
-# %% ../../nbs/algorithms/fft.ipynb #8d8858d9
+# %% ../../nbs/algorithms/fft.ipynb #03e07def
 def _as_plain(x, w, g):
     "Input, turned weight and geometry of a convolution with channels first and no dilation."
     x, w, g = as_convolution(x, w, g)
-    out, axes = g.output_shape, range(2, w.ndim)
-    if g.channels_last: x, out = mx.moveaxis(x, -1, 1), (out[0], out[-1], *out[1:-1])
+    axes = range(2, w.ndim)
+    if g.channels_last: x, g = mx.moveaxis(x, -1, 1), g.channels_first
     w = flip(insert_zeros(w, dict(zip(axes, g.dilation))), axes)
     beyond = [max(before - k + 1, 0) for (before, _), k in zip(g.padding, w.shape[2:])]
     x = pad_axes(x, {axis: (n, 0) for axis, n in zip(axes, beyond)})
     padding = tuple((before - n, after) for (before, after), n in zip(g.padding, beyond))
-    return x, w, replace(g, kernel_size=w.shape[2:], padding=padding, channels_last=False,
-                         dilation=(1,) * len(axes), output_shape=out)
+    return x, w, replace(g, kernel_size=w.shape[2:], padding=padding, dilation=(1,) * len(axes))
 
 # %% ../../nbs/algorithms/fft.ipynb #6d4c8240
 def fft(

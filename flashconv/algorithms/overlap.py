@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['overlap_add']
 
-# %% ../../nbs/algorithms/overlap.ipynb #9ca0a81f
-from dataclasses import replace
+# %% ../../nbs/algorithms/overlap.ipynb #8e0b969e
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -124,11 +123,10 @@ def overlap_add(
         for where, part in _tile(x, w, g, axes, tile): y[where] = part.astype(y.dtype)
     return y.reshape(g.output_shape)
 
-# %% ../../nbs/algorithms/overlap.ipynb #c2ae7336
+# %% ../../nbs/algorithms/overlap.ipynb #0d97120d
 def _by_channels_first(x, w, g):
-    n, *out, channels = g.output_shape
-    g = replace(g, channels_last=False, output_shape=(n, channels, *out))
-    return mx.contiguous(mx.moveaxis(overlap_add(mx.moveaxis(x, -1, 1), w, g), 1, -1))
+    y = overlap_add(mx.moveaxis(x, -1, 1), w, g.channels_first)
+    return mx.contiguous(mx.moveaxis(y, 1, -1))
 
 # %% ../../nbs/algorithms/overlap.ipynb #5c924ac3
 def _grouped(x, w, g):

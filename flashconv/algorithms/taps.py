@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'OTHERS', 'slices', 'tap_slices', 'channel_products', 'added', 'taps', 'in_full_precision', 'channels_first']
 
-# %% ../../nbs/algorithms/taps.ipynb #25edebee
-from dataclasses import replace
+# %% ../../nbs/algorithms/taps.ipynb #d1afbf64
 from itertools import product
 from math import prod
 
@@ -74,7 +73,7 @@ def taps(
     y = _stamped(x, w, first) if g.transposed else in_tiles(_summed, x, w, first, size)
     return y.astype(dtype) if first is g else mx.moveaxis(y.astype(dtype), 1, -1)
 
-# %% ../../nbs/algorithms/taps.ipynb #3a991c5f
+# %% ../../nbs/algorithms/taps.ipynb #a8d4ec03
 def in_full_precision(
     x: mx.array,  # input
     w: mx.array,  # weight, of the same dtype
@@ -89,9 +88,8 @@ def channels_first(
 ) -> tuple:  # input, geometry
     "The input with its channels before its places, and the geometry of that."
     if not g.channels_last: return x, g
-    n, *out, channels = g.output_shape
     x = mx.contiguous(mx.moveaxis(x, -1, 1))  # one copy, where each tap would be a slow one
-    return x, replace(g, channels_last=False, output_shape=(n, channels, *out))
+    return x, g.channels_first
 
 # %% ../../nbs/algorithms/taps.ipynb #39a8c4b8
 def _summed(x, w, g):
