@@ -278,10 +278,11 @@ def _tiles_of(size):
     "Work is divided into parts of so many bytes, as it is for arrays of many megabytes."
     with ExitStack() as stack:
         if size is not None:
-            for module in (tiles, places, mec):
+            for module in (tiles, places, mec, fft):
                 stack.enter_context(patch.object(module, "WHOLE", size))
-            for module in (tiles, places, mec, fft, overlap):
-                stack.enter_context(patch.object(module, "TILE", size))
+            for module in (tiles, places, overlap):
+                stack.enter_context(patch.object(module, "tile_bytes", lambda g: max(1, size // 4)))
+            stack.enter_context(patch.object(fft, "_TILE", max(1, size // 4)))
         yield
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'possible', 'algorithm', 'choose', 'choose_for_weight']
 
-# %% ../../nbs/algorithms/choice.ipynb #327a1c3d
+# %% ../../nbs/algorithms/choice.ipynb #8c8ed498
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -14,12 +14,12 @@ from math import inf, prod
 import mlx.core as mx
 
 from .. import blas
-from .fft import fft
+from .fft import fft, spectrum_values
 from .matmul import column_bytes, matmul
 from .mec import mec
 from .native import native
 from .overlap import overlap_add
-from .places import places
+from .places import places, row_values
 from .taps import taps
 from ..arithmetic import Geometry, is_one_of
 
@@ -42,7 +42,7 @@ def possible(
         overlap_add=inexact and g.transposed)
     return [name for name in ALGORITHMS if defined[name]]
 
-# %% ../../nbs/algorithms/choice.ipynb #2520d47e
+# %% ../../nbs/algorithms/choice.ipynb #e92b57eb
 _MOST_STEPS = 256  # a longer graph costs more than it saves
 _MOST_STAMPS = 16  # on one output, of a kernel with more taps than that
 
@@ -50,11 +50,10 @@ _MOST_STAMPS = 16  # on one output, of a kernel with more taps than that
 def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
     "The name of an algorithm that is fast for a call, and why."
     n_taps, n_places, names = prod(g.kernel_size), prod(g.out), possible(g, dtype)
-    per_group = weight_shape[0] // g.groups
-    if not on_gpu and "fft" in names and _is_long(g, n_taps, n_places, per_group, fast_blas):
-        return "fft", "a long kernel" if n_taps <= n_places else "many outputs of a long kernel"
     plain = "native" in names and g.groups == max(g.dilation) == 1 and len(g.stride) < 3
     written = {} if on_gpu or g.transposed or not fast_blas else _written(g, weight_shape, plain)
+    if not on_gpu and "fft" in names and _is_long(g, weight_shape, written):
+        return "fft", "a long kernel" if n_taps <= n_places else "many outputs of a long kernel"
     if "places" in names and n_places < n_taps and n_places <= _MOST_STEPS:
         return _rule_for_places(written)
     if "overlap_add" in names and n_taps <= max(_MOST_STEPS, _MOST_STAMPS * prod(g.stride)):
@@ -68,15 +67,20 @@ def _rule(g, weight_shape, dtype, on_gpu, fast_blas):
             "matmul", "MLX's convolution lacks this dtype")
     return _rule_on_cpus(g, weight_shape, plain, written)
 
-# %% ../../nbs/algorithms/choice.ipynb #d036b36e
-def _is_long(g, n_taps, n_places, per_group, fast_blas):
+# %% ../../nbs/algorithms/choice.ipynb #8be7c3ba
+def _is_long(g, weight_shape, written):
     "Whether transforms take less time than a product per tap, or one per output place."
     if g.transposed or max(*g.stride, *g.dilation) > 1: return False
-    axes, strips = len(g.stride), fast_blas and len(g.stride) > 1
-    few, some = {1: (32, 48), 2: (100, 441) if strips else (49, 81),
-                 3: (125, 343) if strips else (125, 200)}[axes]
-    if per_group <= (2 if strips else 4): return min(n_taps, n_places) >= few
-    return some <= n_taps <= n_places and (axes == 1 or per_group <= 16)
+    n_taps, n_places, axes = prod(g.kernel_size), prod(g.out), len(g.stride)
+    few = (32, 100 if written else 49, 125)[axes - 1]
+    if min(n_taps, n_places) < few: return False
+    if written:
+        products = g.output_shape[0] * n_places * prod(weight_shape)
+        values = _STEPS + 3 * spectrum_values(g, weight_shape)
+        return values < min(written.values()) + products / 375
+    per_group = weight_shape[0] // g.groups
+    return per_group <= 4 or (48, 81, 200)[axes - 1] <= n_taps <= n_places and (
+        axes == 1 or per_group <= 16)
 
 # %% ../../nbs/algorithms/choice.ipynb #c392683a
 _SMALL = 2**18  # multiplications that take Netlib as long as preparing a few operations
@@ -94,7 +98,7 @@ def _rule_on_cpus(g, weight_shape, plain, written):
     if inner == 1 and per_group <= 4 and n_taps > 1: return "taps", "one channel per group"
     return "matmul", "a matrix product with the columns"
 
-# %% ../../nbs/algorithms/choice.ipynb #a5f563a4
+# %% ../../nbs/algorithms/choice.ipynb #f516b2b8
 _STEPS = 160_000  # copied values that take as long as preparing a dozen operations
 
 def _written(g, weight_shape, plain):
@@ -107,10 +111,8 @@ def _written(g, weight_shape, plain):
     if not g.channels_last: native += n * prod(g.out) * outputs
     matmul = columns + _STEPS * (n_taps > 1)
     if g.channels_last and g.groups == 1: matmul += 0.7 * columns
-    others, width = g.out[:-1], g.kernel_size[-1]
-    strips = prod(reach[:-1]) * width * (n * inner * g.out[-1] + outputs * inner * prod(others))
     return {"native": native, "mec": _STEPS + _strips(g, weight_shape, columns, reach),
-            "matmul": matmul, "places": min(columns, strips) + _STEPS}
+            "matmul": matmul, "places": _STEPS + row_values(g, weight_shape)[0]}
 
 # %% ../../nbs/algorithms/choice.ipynb #88b0f903
 def _strips(g, weight_shape, columns, reach):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['strip_bytes', 'mec', 'strips_gradient']
 
-# %% ../../nbs/algorithms/mec.ipynb #a2700482
+# %% ../../nbs/algorithms/mec.ipynb #b6f4c27d
 from dataclasses import replace
 from math import prod
 
 import mlx.core as mx
 
 from .taps import OTHERS, WIDTH, added, in_full_precision, tap_slices
-from .tiles import TILE, WHOLE, in_tiles, runs
+from .tiles import WHOLE, in_tiles, in_turn, runs
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
@@ -70,7 +70,7 @@ def strip_bytes(
     values = shape[g.channel_axis] * g.kernel_size[-1] + sums
     return shape[0] * rows * g.out[-1] * values * itemsize
 
-# %% ../../nbs/algorithms/mec.ipynb #042edff2
+# %% ../../nbs/algorithms/mec.ipynb #05bb63ba
 def mec(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -80,11 +80,11 @@ def mec(
     dtype = x.dtype
     x, w = in_full_precision(x, w)
     size = strip_bytes(g, x.shape, len(w), x.itemsize)
-    if g.channels_last and g.groups == 1: f, w, least = _products, _by_rows(w, g), TILE
-    else: f, w, least = _one_product, _in_one(w, g), 2 * TILE
-    return in_tiles(f, x, w, g, size, least=max(least, w.nbytes)).astype(dtype)
+    if g.channels_last and g.groups == 1: f, w = _products, _by_rows(w, g)
+    else: f, w = _one_product, _in_one(w, g)
+    return in_tiles(f, x, w, g, size, least=w.nbytes).astype(dtype)
 
-# %% ../../nbs/algorithms/mec.ipynb #5f400cd9
+# %% ../../nbs/algorithms/mec.ipynb #30e0639a
 def strips_gradient(
     x: mx.array,  # (N, *spatial, C)
     cotangent: mx.array,  # of the output
@@ -96,17 +96,19 @@ def strips_gradient(
     size = strip_bytes(g, x.shape, 0, x.itemsize)
     x = pad_axes(x, dict(enumerate(g.padding, 1)))
     step, span = g.stride[0], g.spans[0]
-    w = added([_products_with(cotangent[:, a:b], x[:, a * step : (b - 1) * step + span], g)
-               for a, b in runs(g.out[0], -(-size // WHOLE))])
+    w = added(in_turn(_products_with, [
+        (x[:, a * step : (b - 1) * step + span], cotangent[:, a:b], g)
+        for a, b in runs(g.out[0], -(-size // WHOLE))]))
     return mx.moveaxis(mx.moveaxis(w, -1, 0), -2, 0).astype(dtype)
 
-def _products_with(cotangent, x, g):
+def _products_with(x, cotangent, g):
     "(*taps of the other axes, O, taps of the width, C) of a padded input."
-    g = replace(g, output_shape=cotangent.shape)
-    x, cotangent = (mx.moveaxis(a, 0, -3) for a in (x, cotangent))  # pictures row by row
-    first = 0 if max(g.kernel_size[:-1], default=1) == 1 else max(-4, -x.ndim)
+    g, first, behind = replace(g, output_shape=cotangent.shape), 0, (slice(None),) * 2
+    if max(g.kernel_size[:-1], default=1) > 1:
+        x, cotangent = (mx.moveaxis(a, 0, -3) for a in (x, cotangent))  # pictures row by row
+        first, behind = -4, (slice(None),) * 3
     strips, cotangent = _strips(x, g), mx.flatten(cotangent, first, -2).swapaxes(-1, -2)
-    w = [cotangent @ mx.flatten(strips[(*where, *(slice(None),) * 3)], first, -2)
+    w = [cotangent @ mx.flatten(strips[(*where, *behind)], first, -2)
          for _, where in tap_slices(g, OTHERS)]
     w = mx.stack([a.sum(tuple(range(a.ndim - 2))) if a.ndim > 2 else a for a in w])
     return w.reshape(*g.kernel_size[:-1], -1, g.kernel_size[-1], x.shape[-1])

@@ -70,7 +70,7 @@ def _by_mlx(x, w, g):
     if y.shape[1:-1] != g.out: y = y[(slice(None), *map(slice, g.out))]
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
 
-# %% ../../nbs/algorithms/native.ipynb #2dc92901
+# %% ../../nbs/algorithms/native.ipynb #7534f541
 def native(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -82,5 +82,7 @@ def native(
     size = places * channels * prod(g.kernel_size[-2:]) * x.itemsize
     if mx.default_device().type == mx.gpu: size = 0  # kernels there write no columns
     w = mx.moveaxis(w, 1, -1)
-    if size > WHOLE: w = mx.contiguous(w)  # once for all parts
+    if size > WHOLE:
+        w = mx.contiguous(w)  # once for all parts
+        size *= 2  # MLX prepares ten operations ahead, each of which is a part
     return in_tiles(_by_mlx, x, w, g, size)

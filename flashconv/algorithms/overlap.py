@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['overlap_add']
 
-# %% ../../nbs/algorithms/overlap.ipynb #8e0b969e
+# %% ../../nbs/algorithms/overlap.ipynb #b84fd3df
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .taps import added
-from .tiles import TILE
+from .tiles import MOST_TILES, after, tile_bytes
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
@@ -86,25 +86,25 @@ def _phase_sums(stamps, axes, kernel_size, rows, last):
         y = mx.unflatten(added(terms), 2 if last else 3, lengths)[tuple(keep)]
         yield phase, mx.moveaxis(y, 0, -2) if last else mx.moveaxis(y, 2, 0)
 
-# %% ../../nbs/algorithms/overlap.ipynb #c001c6d5
-_MOST_TILES = 256
-
-def _tiles(axes, images, groups, outputs, size):
-    "(images, groups, outputs, rows) as slices; a tap's product at one place takes `size` bytes."
+# %% ../../nbs/algorithms/overlap.ipynb #fbf31277
+def _tiles(axes, images, groups, outputs, size, tile):
+    "(images, groups, outputs, rows) as slices; stamps at one place take `size` bytes."
     halo, count = _halo(axes), axes[0].count
     row = size * prod(axis.count + axis.span for axis in axes[1:])
     whole = row * (count + halo) * images * groups * outputs
-    room = max(TILE, whole // _MOST_TILES) // row  # rows of one output channel
+    room = max(tile, whole // MOST_TILES) // row  # rows of one output channel
     least = min(count, 4 * halo + 1) + halo
     some_outputs = min(outputs, max(1, room // least))
     some_groups = min(groups, max(1, room // (least * some_outputs)))
     rows = room // (some_outputs * some_groups)
     lengths = images, groups, outputs, count
     steps = rows // (count + halo), some_groups, some_outputs, min(count, rows - halo)
-    return product(*([slice(i, min(i + max(1, step), n)) for i in range(0, n, max(1, step))]
-                     for n, step in zip(lengths, steps)))
+    return list(product(*([slice(i, min(i + max(1, step), n)) for i in range(0, n, max(1, step))]
+                          for n, step in zip(lengths, steps))))
 
-# %% ../../nbs/algorithms/overlap.ipynb #c2a1382d
+# %% ../../nbs/algorithms/overlap.ipynb #0af65a35
+_FEW_TERMS = 3  # of an output, up to which tiles need not wait
+
 def overlap_add(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -118,9 +118,15 @@ def overlap_add(
     channels = (g.groups, w.shape[1])
     shape = (*g.out, *channels) if g.channels_last else (*channels, *g.out)
     y = mx.zeros((len(x), *shape), x.dtype)
+    size = prod(g.kernel_size) * max(4, x.itemsize)
+    tiles = _tiles(axes, len(x), *channels, size, tile_bytes(g))
     x, w = _grouped(x, w, g)
-    for tile in _tiles(axes, y.shape[0], *channels, prod(g.kernel_size) * max(4, x.itemsize)):
-        for where, part in _tile(x, w, g, axes, tile): y[where] = part.astype(y.dtype)
+    wait = len(tiles) > 1 and prod(g.kernel_size) > _FEW_TERMS * prod(g.stride)
+    for tile in tiles:
+        for where, part in _tile(x, w, g, axes, tile):
+            part = part.astype(y.dtype)
+            if wait: x = after(x, part := mx.contiguous(part))
+            y[where] = part
     return y.reshape(g.output_shape)
 
 # %% ../../nbs/algorithms/overlap.ipynb #0d97120d
