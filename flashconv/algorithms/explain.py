@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'Explanation', 'explain', 'tune']
 
-# %% ../../nbs/algorithms/explain.ipynb #86b4fede
+# %% ../../nbs/algorithms/explain.ipynb #b70467b7
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -16,11 +16,14 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from . import choice, derivatives
+from .fft import spectrum_values
 from .matmul import column_bytes
 from .mec import strip_bytes
+from .places import row_values
+from .tiles import WHOLE
 from ..arithmetic import as_ints, check_limit
 
-# %% ../../nbs/algorithms/explain.ipynb #deb10db8
+# %% ../../nbs/algorithms/explain.ipynb #7d10d722
 class Run(NamedTuple):
     "One convolution that a call would run."
     part: str  # "forward", "input gradient" or "weight gradient"
@@ -28,7 +31,7 @@ class Run(NamedTuple):
     why: str  # the reason for it
     flops: int  # multiplications and additions that its definition has
     bytes: int  # input, weight and output
-    workspace: int  # about how many bytes it needs besides; from 32 MiB on it is cut into tiles
+    workspace: int  # about how many bytes it holds besides, at most
 
 # %% ../../nbs/algorithms/explain.ipynb #c6237842
 def _shape(call, input_shape, dtype):
@@ -54,19 +57,21 @@ def _watched(call, *args):
 
 def _runs(part, call): return [_run(part, *each) for each in _watched(call)]
 
-# %% ../../nbs/algorithms/explain.ipynb #783b30d0
+# %% ../../nbs/algorithms/explain.ipynb #a7a37c45
 def _run(part, name, why, x, w, g):
     "What there is to say about one convolution."
     size, channels = max(4, x.itemsize), x.shape[g.channel_axis]
+    out, n_taps, values = prod(g.output_shape), prod(g.kernel_size), x.size // channels
     column = column_bytes(g, channels, size)
-    sums, values = prod(g.output_shape) * size, x.size // channels
-    workspace = dict(native=column, matmul=column, places=column, taps=3 * sums,
-                     mec=strip_bytes(g, x.shape, len(w), size),
-                     overlap_add=prod(g.kernel_size) * values * w.shape[1] * g.groups * size,
-                     fft=2 * (x.size * size + sums))
-    places = values if g.transposed else sums // size // len(w)
-    return Run(part, name, why, 2 * places * w.size,
-               x.nbytes + w.nbytes + prod(g.output_shape) * x.itemsize, workspace[name])
+    written = dict(native=column, matmul=column, taps=n_taps * out * size,
+                   places=row_values(g, w.shape)[0] * size,
+                   mec=strip_bytes(g, x.shape, len(w), size),
+                   overlap_add=n_taps * values * w.shape[1] * g.groups * size,
+                   fft=8 * spectrum_values(g, w.shape))[name]
+    places = values if g.transposed else out // len(w)
+    arrays = x.nbytes + w.nbytes + out * x.itemsize
+    return Run(part, name, why, 2 * places * w.size, arrays,
+               min(written, 2 * WHOLE) + arrays if written else 0)
 
 # %% ../../nbs/algorithms/explain.ipynb #14e4338a
 class Explanation(tuple):
