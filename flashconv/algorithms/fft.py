@@ -44,7 +44,7 @@ def _by_value(x, w, lengths):
     x, w = (mx.fft.rfftn(a, s=lengths, axes=axes) for a in (x, w[:, :, 0]))
     return mx.fft.irfftn(x * w, s=lengths, axes=axes)
 
-# %% ../../nbs/algorithms/fft.ipynb #9a638709
+# %% ../../nbs/algorithms/fft.ipynb #9b9e24bb
 _TILE = 8 * 2**20  # bytes of spectra of a part of the pictures
 
 def _by_frequency(x, w, lengths, kept):
@@ -56,11 +56,12 @@ def _by_frequency(x, w, lengths, kept):
         return mx.fft.rfftn(a.transpose(*spatial, *order), s=lengths, axes=axes)
 
     def of_some_outputs(w):
+        kernels, size = spectrum(w, 0, 2, 1), ring * (inner + w.shape[0] * w.shape[1])
+
         def of_some_pictures(x):
             y = mx.fft.irfftn(spectrum(x, 1, 0, 2) @ kernels, s=lengths, axes=axes)
             return y.transpose(d + 1, d, d + 2, *axes)[kept]  # was (*lengths, groups, N, O/groups)
 
-        kernels, size = spectrum(w, 0, 2, 1), ring * (inner + w.shape[0] * w.shape[1])
         parts = runs(len(x), -(-len(x) * size // _TILE))
         return mx.concatenate(in_turn(of_some_pictures, [(x[i:j],) for i, j in parts]))
 
