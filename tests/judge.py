@@ -9,7 +9,7 @@ import torch
 
 import flashconv as fc
 import flashconv.functional as F
-from flashconv.algorithms import derivatives, fft, mec, overlap, places, tiles
+from flashconv.algorithms import choice, derivatives, fft, mec, overlap, places, tiles
 from fuzz import MODES
 
 DTYPES = {str(d).rpartition(".")[2]: d for d in (*oracle.EPS, *oracle.INTEGERS)}
@@ -283,6 +283,7 @@ def _tiles_of(size):
             for module in (tiles, places, overlap):
                 stack.enter_context(patch.object(module, "tile_bytes", lambda g: max(1, size // 4)))
             stack.enter_context(patch.object(fft, "_TILE", max(1, size // 4)))
+            stack.enter_context(patch.object(choice, "_FEW_PRODUCTS", 0))
         yield
 
 

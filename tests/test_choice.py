@@ -116,6 +116,22 @@ def test_explain_raises_what_the_call_raises():
         fc.explain(fc.Conv2d(4, 6, 3), (1, 3, 9, 9))
 
 
+def test_explain_raises_for_what_no_array_can_have():
+    "A negative length."
+    with pytest.raises(ValueError, match=r"input_shape must not be negative.*-9"):
+        fc.explain(fc.Conv2d(4, 6, 3), (1, 4, -9, 9))
+
+
+def test_tune_computes():
+    "What it times is evaluated: there is room for input and output at some time."
+    layer = fc.Conv1d(512, 512, 1, bias=False)
+    mx.eval(layer.parameters())
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    fc.tune(layer, (1, 512, 64))
+    assert mx.get_peak_memory() - before >= 2 * 512 * 64 * 4
+
+
 @pytest.mark.parametrize("layer", (lambda: fc.Conv1d(2, 2, 3), lambda: fc.ConvTranspose1d(2, 2, 3, 2)))
 def test_tune(layer):
     "Every possible algorithm is timed; that shape, and no other, runs the fastest afterwards."
