@@ -3,11 +3,12 @@ import sys
 from functools import partial
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import flashconv as fc
 import flashconv.functional as F
-from flashconv.algorithms import choice
+from flashconv.algorithms import choice, tiles
 from flashconv.arithmetic import conv_geometry
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
@@ -202,6 +203,33 @@ def test_long_transposed_kernels_with_long_strides(shape, weight, stride):
     first = (x.reshape(*shape[:2], -1)[..., 0] @ w.reshape(weight[0], -1)).reshape(1, *weight[1:])
     corner = (..., *[slice(stride)] * (len(shape) - 2))
     assert mx.allclose(y[corner], first[corner], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ("native", "matmul", "mec", "taps"))
+def test_parts_of_nothing_but_padding(torch, monkeypatch, name):
+    "Where it is longer than the kernel."
+    monkeypatch.setattr(tiles, "WHOLE", 64)
+    monkeypatch.setattr(tiles, "tile_bytes", lambda g: 16)
+    x, w = mx.random.normal((1, 2, 5, 4)), mx.random.normal((3, 2, 2, 3))
+    right = torch.nn.functional.conv2d(*(torch.tensor(np.array(a)) for a in (x, w)), padding=(9, 2))
+    with fc.algorithm(name): y = F.conv2d(x, w, padding=(9, 2))
+    assert np.allclose(y, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("n, kernel", ((1, (5,)), (2, (3, 3)), (2, (1, 4)), (2, (1, 1)), (3, (3, 3, 3)),
+                                       (3, (2, 1, 3)), (3, (1, 1, 1))))
+def test_weight_gradient_channels_last(torch, n, kernel):
+    "Made of strips, or of the input itself, for layers with enough products: PyTorch's."
+    size = {1: (999,), 2: (33, 31), 3: (11, 9, 10)}[n]
+    x, w = mx.random.normal((2, *size, 24)), mx.random.normal((20, 24, *kernel))
+    kw = {"padding": tuple(k // 2 for k in kernel), "stride": (1,) * (n - 1) + (2,)}
+    f = partial(getattr(F, f"conv{n}d"), data_format="channels_last", **kw)
+    assert fc.explain(partial(f, weight=w), x.shape)[2].algorithm == ("matmul" if max(kernel) == 1 else "mec")
+    theirs = torch.tensor(np.array(w), requires_grad=True)
+    seen = torch.tensor(np.array(mx.moveaxis(x, -1, 1)))
+    (getattr(torch.nn.functional, f"conv{n}d")(seen, theirs, **kw) ** 2).sum().backward()
+    error = np.abs(np.array(mx.grad(lambda w: (f(x, w) ** 2).sum())(w)) - theirs.grad.numpy()).max()
+    assert error <= 1e-4 * theirs.grad.abs().max()
 
 
 @pytest.mark.parametrize("kw, shape, weight", (
