@@ -280,9 +280,8 @@ def _tiles_of(size):
         if size is not None:
             for module in (tiles, places, mec, fft):
                 stack.enter_context(patch.object(module, "WHOLE", size))
-            for module in (tiles, places, overlap):
+            for module in (tiles, places, fft, overlap):
                 stack.enter_context(patch.object(module, "tile_bytes", lambda g: max(1, size // 4)))
-            stack.enter_context(patch.object(fft, "_TILE", max(1, size // 4)))
             stack.enter_context(patch.object(choice, "_FEW_PRODUCTS", 0))
         yield
 

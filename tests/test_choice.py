@@ -216,15 +216,16 @@ def test_parts_of_nothing_but_padding(torch, monkeypatch, name):
     assert np.allclose(y, right, atol=1e-5)
 
 
-@pytest.mark.parametrize("n, kernel", ((1, (5,)), (2, (3, 3)), (2, (1, 4)), (2, (1, 1)), (3, (3, 3, 3)),
-                                       (3, (2, 1, 3)), (3, (1, 1, 1))))
+@pytest.mark.parametrize("n, kernel", (
+    (1, (5,)), (2, (3, 3)), (2, (1, 4)), (2, (1, 1)), (3, (3, 3, 3)), (3, (2, 1, 3)), (3, (1, 1, 1))))
 def test_weight_gradient_channels_last(torch, n, kernel):
     "Made of strips, or of the input itself, for layers with enough products: PyTorch's."
     size = {1: (999,), 2: (33, 31), 3: (11, 9, 10)}[n]
     x, w = mx.random.normal((2, *size, 24)), mx.random.normal((20, 24, *kernel))
     kw = {"padding": tuple(k // 2 for k in kernel), "stride": (1,) * (n - 1) + (2,)}
     f = partial(getattr(F, f"conv{n}d"), data_format="channels_last", **kw)
-    assert fc.explain(partial(f, weight=w), x.shape)[2].algorithm == ("matmul" if max(kernel) == 1 else "mec")
+    algorithm = "matmul" if max(kernel) == 1 else "mec"
+    assert fc.explain(partial(f, weight=w), x.shape)[2].algorithm == algorithm
     theirs = torch.tensor(np.array(w), requires_grad=True)
     seen = torch.tensor(np.array(mx.moveaxis(x, -1, 1)))
     (getattr(torch.nn.functional, f"conv{n}d")(seen, theirs, **kw) ** 2).sum().backward()
@@ -305,6 +306,9 @@ def ruled(size, weight, batch=1, groups=1, stride=1, dilation=1, dtype=mx.float3
     ("mec", "strips", (41, 41), (16, 8, 21, 21), {}),
     ("fft", "a long kernel", (66, 66), (64, 1, 11, 11), {"groups": 64}),
     ("mec", "strips", (66, 66), (64, 16, 11, 11), {"groups": 4}),
+    ("mec", "strips", (13, 13, 13), (16, 8, 4, 5, 6), {"batch": 64}),
+    ("native", "", (199,), (4, 8, 64), {"stride": 2, "batch": 64}),
+    ("matmul", "", (199,), (4, 8, 64), {"dilation": 2, "batch": 64}),
     ("places", "fewer outputs", (9, 9), (64, 64, 8, 8), {}),
     ("places", "", (5, 5), (8, 8, 4, 4), {"blas": False}),
     ("native", "fewest copies", (5, 5), (8, 8, 4, 4), {}),

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['fast_length', 'fft', 'spectrum_values']
 
-# %% ../../nbs/algorithms/fft.ipynb #a26267d9
+# %% ../../nbs/algorithms/fft.ipynb #484630a6
 from dataclasses import replace
 from math import prod
 
 import mlx.core as mx
 
 from .native import as_convolution
-from .tiles import WHOLE, in_tiles, in_turn, runs
+from .tiles import WHOLE, in_tiles, in_turn, runs, tile_bytes
 from ..arithmetic import Geometry
 from ..dilation import insert_zeros
 from ..padding import flip, pad_axes
@@ -44,11 +44,9 @@ def _by_value(x, w, lengths):
     x, w = (mx.fft.rfftn(a, s=lengths, axes=axes) for a in (x, w[:, :, 0]))
     return mx.fft.irfftn(x * w, s=lengths, axes=axes)
 
-# %% ../../nbs/algorithms/fft.ipynb #9b9e24bb
-_TILE = 8 * 2**20  # bytes of spectra of a part of the pictures
-
-def _by_frequency(x, w, lengths, kept):
-    "The same for more channels per group, of which `kept` is kept."
+# %% ../../nbs/algorithms/fft.ipynb #83a4ef6f
+def _by_frequency(x, w, lengths, kept, tile):
+    "The same for more channels per group, of which `kept` is kept, of `tile` bytes of pictures."
     d, inner = len(lengths), w.shape[0] * w.shape[2]
     axes, spatial, ring = tuple(range(d)), range(3, 3 + d), 8 * prod(lengths)
 
@@ -62,13 +60,13 @@ def _by_frequency(x, w, lengths, kept):
             y = mx.fft.irfftn(spectrum(x, 1, 0, 2) @ kernels, s=lengths, axes=axes)
             return y.transpose(d + 1, d, d + 2, *axes)[kept]  # was (*lengths, groups, N, O/groups)
 
-        parts = runs(len(x), -(-len(x) * size // _TILE))
+        parts = runs(len(x), -(-len(x) * size // tile))
         return mx.concatenate(in_turn(of_some_pictures, [(x[i:j],) for i, j in parts]))
 
     parts = runs(w.shape[1], -(-w.shape[1] * ring * inner // WHOLE))
     return mx.concatenate(in_turn(of_some_outputs, [(w[:, i:j],) for i, j in parts]), 2)
 
-# %% ../../nbs/algorithms/fft.ipynb #ee5168ef
+# %% ../../nbs/algorithms/fft.ipynb #a4943db5
 def _whole(x, w, g):
     "A convolution on one ring. Strides leave out what they skip."
     lengths = _lengths(g, x.shape[2:])
@@ -76,7 +74,8 @@ def _whole(x, w, g):
     starts = [k - 1 - before for k, (before, _) in zip(g.kernel_size, g.padding)]
     kept = (..., *(slice(start, start + (o - 1) * s + 1, s)
                    for start, o, s in zip(starts, g.out, g.stride)))
-    y = _by_value(x, w, lengths)[kept] if w.shape[2] == 1 else _by_frequency(x, w, lengths, kept)
+    if w.shape[2] == 1: y = _by_value(x, w, lengths)[kept]
+    else: y = _by_frequency(x, w, lengths, kept, tile_bytes(g))
     return y.reshape(g.output_shape)
 
 # %% ../../nbs/algorithms/fft.ipynb #131ee241
@@ -110,7 +109,7 @@ def _as_plain(x, w, g):
     padding = tuple((before - n, after) for (before, after), n in zip(g.padding, beyond))
     return x, w, replace(g, kernel_size=w.shape[2:], padding=padding, dilation=(1,) * len(axes))
 
-# %% ../../nbs/algorithms/fft.ipynb #640b82b4
+# %% ../../nbs/algorithms/fft.ipynb #8ae87423
 def fft(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -123,7 +122,7 @@ def fft(
     ring = 8 * prod(lengths) * (x.shape[1] + g.output_shape[1])  # a padded copy, half a spectrum
     least = 2 * ring // g.groups * g.kernel_size[0] // lengths[0]
     spectra = 8 * spectrum_values(replace(g, output_shape=(0, *g.output_shape[1:])), w.shape)
-    size = ring * (1 if spectra > _TILE and w.shape[1] > 1 else len(x))
+    size = ring * (1 if spectra > tile_bytes(g) and w.shape[1] > 1 else len(x))
     y = in_tiles(_in_blocks, x, w, g, size, least=least).astype(dtype)
     return mx.moveaxis(y, 1, -1) if last else y
 

@@ -106,20 +106,22 @@ def _part(x, w, g, axis, start, stop):
     kernel[axis] = stop - start
     return x, w, replace(g, kernel_size=tuple(kernel), padding=tuple(padding))
 
-# %% ../../nbs/algorithms/places.ipynb #c4e4f32d
-def _in_parts(x, w, g, limit):
+# %% ../../nbs/algorithms/places.ipynb #9f82f3e8
+def _in_parts(x, w, g, limit=None):
     "A convolution, channels first, in parts of at most `limit` bytes."
     size, lengths = _row_values(w, g)[0] * x.itemsize, w.shape[1:]
-    if size <= limit or g.groups == max(lengths) == 1: return _placed(x, w, g)
+    if size <= (limit or WHOLE) or g.groups == max(lengths) == 1: return _placed(x, w, g)
+    if limit is None: limit = max(WHOLE // 2, size // MOST_TILES)
+    part = partial(_in_parts, limit=limit)
     if g.groups > 1 or len(x) > 1 and prod(g.output_shape) > w.size:
         cut = by_groups if g.groups > 1 else by_batch
         tiles, axis = cut(x, w, g, -(-size // max(tile_bytes(g), limit // 8)))
-        return mx.concatenate(in_turn(partial(_in_parts, limit=limit), tiles), axis)
+        return mx.concatenate(in_turn(part, tiles), axis)
     longest = lengths.index(max(lengths))
-    return added(in_turn(partial(_in_parts, limit=limit), [
-        _part(x, w, g, longest - 1, *run) for run in runs(lengths[longest], -(-size // limit))]))
+    return added(in_turn(part, [_part(x, w, g, longest - 1, *run)
+                                for run in runs(lengths[longest], -(-size // limit))]))
 
-# %% ../../nbs/algorithms/places.ipynb #86507ece
+# %% ../../nbs/algorithms/places.ipynb #827bc33e
 def places(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -129,7 +131,5 @@ def places(
     dtype = x.dtype
     x, w = in_full_precision(x, w)
     x, first = channels_first(x, g)
-    size = _row_values(w, g)[0] * x.itemsize
-    limit = WHOLE if size <= WHOLE else max(WHOLE // 2, size // MOST_TILES)
-    y = _in_parts(x, w, first, limit).astype(dtype)
+    y = _in_parts(x, w, first).astype(dtype)
     return y if first is g else mx.moveaxis(y, 1, -1)

@@ -71,12 +71,12 @@ def _by_rows(x, w, g, parts, spatial):
         tiles.append((_cut(x, axis, max(start, 0), min(stop, x.shape[axis])), w, part))
     return tiles, axis
 
-# %% ../../nbs/algorithms/tiles.ipynb #688a2dd3
+# %% ../../nbs/algorithms/tiles.ipynb #b590a22d
 @mx.custom_function
 def _after(x, done): return x
 
 @_after.vmap
-def _(arrays, axes):
+def _after_vmap(arrays, axes):
     (x, done), (x_axis, done_axis) = arrays, axes
     if x_axis is None: x = mx.broadcast_to(x, (done.shape[done_axis], *x.shape))
     return _after(x, done), x_axis or 0
