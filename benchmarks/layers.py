@@ -12,7 +12,8 @@ TOLERANCE = {"float16": 0.02, "bfloat16": 0.1}  # of the largest number; 1e-3 ot
 SUITE = Suite(
     module="layers", rows=ROWS, competitors=COMPETITORS, passes=PASSES, arrays=arrays,
     reference=lambda row, data: dict.fromkeys(PASSES, reference(row, data)),
-    tolerance=lambda row, which: TOLERANCE.get(row.dtype, 1e-3), slow=2, seconds=1)
+    tolerance=lambda row, which: TOLERANCE.get(row.dtype, 1e-3),
+    facts=lambda row: {"products": row.products}, slow=2, seconds=1)
 
 
 def main():

@@ -38,6 +38,7 @@ class Suite(NamedTuple):
     arrays: object  # row -> what all competitors make theirs from
     reference: object  # row, arrays -> {pass: what PyTorch gives in twice the precision}
     tolerance: object  # row, pass -> error allowed, of the largest number
+    facts: object  # row -> more that its figures are to be read with, as a dict
     slow: float  # seconds: what takes longer is timed once, when it is tried
     seconds: float  # spent on a competitor in a pass, after three rounds
 
@@ -244,7 +245,7 @@ def run(suite, options, floors, write):
     found = {"machine": machine(), "rounds": rounds, "rows": []}
     for done, row in enumerate(options.chosen):
         progress(done, len(options.chosen), row.name)
-        found["rows"].append({**row._asdict(),
+        found["rows"].append({**row._asdict(), **suite.facts(row),
                               "passes": measure(suite, row, rounds, patience)})
         found["machine"]["load_after"] = os.getloadavg()
         found["floors"] = [floor._asdict() for floor in floors(found["rows"])]
