@@ -1,0 +1,430 @@
+// forward.h: forward passes and input gradients of any layer.
+#pragma once
+#include <algorithm>
+
+#include "multiply.h"
+#include "problem.h"
+
+namespace flashconv {
+
+constexpr int64_t TILE_FLOATS = 48 << 10;  // of a packed tile, and of its sums: both stay in L2
+constexpr int64_t CHUNK_FLOATS = 6 << 10;  // of what a block reads again and again: stays in L1
+constexpr int64_t LONGEST_SUM = 512;       // products added one by one, before sums of them are added
+constexpr int64_t TASKS_A_THREAD = 3;      // so that threads end at about the same time
+
+// How a problem is cut into tasks. A task is some outputs of some groups at the places of a tile.
+struct Plan {
+  int64_t group_block;        // groups of a task
+  int64_t chunk;              // channels packed and summed at a time
+  Parts blocks{1, 1};         // outputs, in blocks of registers
+  int64_t blocks_a_task;
+  int64_t phases_a_task;      // whole rows of phases
+  Three size, tiles;
+  bool is_flat;               // vectors run across rows, and what they sum between rows is dropped
+  int64_t row_vectors;        // of a row, where they don't
+  std::vector<int64_t> vectors;  // where each starts in the tile
+  Taps taps;
+  int64_t channel_size;       // of the packed tile
+  int64_t group_tasks, block_tasks, phase_tasks;
+
+  int64_t sums_size() const { return int64_t(vectors.size()) * WIDTH; }  // of an output
+  int64_t tasks(const Problem& p) const {
+    return p.batch * group_tasks * product(tiles) * block_tasks * phase_tasks;
+  }
+};
+
+// Vectors that a tile's places take when they run across rows, and when each row has its own.
+inline int64_t flat_vectors(const TileShape& shape, const Three& size) {
+  return divide_up(shape.position(size[0] - 1, size[1] - 1) + size[2], WIDTH);
+}
+
+inline int64_t row_vectors(const Three& size) {
+  return size[0] * size[1] * divide_up(size[2], WIDTH);
+}
+
+inline int64_t count_vectors(const Problem& p, const Three& size) {
+  return std::min(flat_vectors(TileShape(p.axes, size), size), row_vectors(size));
+}
+
+// Groups of few channels share a task where channels lie side by side: rows are packed for all.
+inline int64_t choose_group_block(const Problem& p) {
+  if (!p.channels_last) return 1;
+  const int64_t channels = std::max(p.inputs, p.outputs);
+  return std::min(p.groups, std::max<int64_t>(1, 2 * WIDTH / channels));
+}
+
+// As many channels as keep what a block of registers reads in L1.
+inline int64_t choose_chunk(const Problem& p, int64_t rows) {
+  const int64_t places = max_vectors(rows) * WIDTH + p.axes[2].span;
+  int64_t lines = p.axes[2].planes.size();
+  for (int i = 0; i < 2; i++) lines *= std::max<int64_t>(1, p.axes[i].first[1]);
+  const int64_t most = std::max<int64_t>(4, CHUNK_FLOATS / (lines * places));
+  return divide_up(p.inputs, divide_up(p.inputs, std::min(most, LONGEST_SUM)));
+}
+
+inline double count_products(const Problem& p) {
+  const double products = double(p.batch) * p.groups * p.inputs * p.outputs * product(p.kernel);
+  return products * product(p.written) / p.phases();
+}
+
+inline int64_t count_tasks(const Problem& p, const Plan& plan) {
+  const int64_t tiles = product(count_tiles({p.axes[0].places, p.axes[1].places, p.axes[2].places},
+                                            plan.size));
+  return p.batch * divide_up(p.groups, plan.group_block) * tiles *
+         divide_up(plan.blocks.count, plan.blocks_a_task) *
+         divide_up(p.phases(), plan.phases_a_task);
+}
+
+// Tiles and sums that fit the cache.
+inline bool fits(const Problem& p, const Plan& plan) {
+  const int64_t outputs = std::min(p.outputs, plan.blocks_a_task * MAX_ROWS) * plan.group_block;
+  const int64_t sums = plan.phases_a_task * outputs * count_vectors(p, plan.size) * WIDTH;
+  const int64_t packed = plan.group_block * plan.chunk * TileShape(p.axes, plan.size).floats;
+  return sums <= TILE_FLOATS && packed <= TILE_FLOATS;
+}
+
+inline void choose_size(const Problem& p, Plan& plan) {
+  const int64_t row_of_phases = p.axes[2].phases;
+  plan.size = {p.axes[0].places, p.axes[1].places, p.axes[2].places};
+  plan.phases_a_task = p.phases();
+  plan.blocks_a_task = plan.blocks.count;
+  while (!fits(p, plan)) {
+    const bool is_small = count_vectors(p, plan.size) <= 4 * SUMS_IN_REGISTERS;
+    if (is_small && plan.phases_a_task > row_of_phases) {
+      plan.phases_a_task = divide_up(plan.phases_a_task / row_of_phases, 2) * row_of_phases;
+    } else if (is_small && plan.blocks_a_task > 1) {
+      plan.blocks_a_task = divide_up(plan.blocks_a_task, 2);
+    } else if (!halve(plan.size)) {
+      break;
+    }
+  }
+}
+
+// Smaller tiles, then fewer outputs a task, until every thread has something to do.
+inline void share_among_threads(const Problem& p, Plan& plan, int64_t threads) {
+  if (threads == 1 || count_products(p) < 5 * SMALL_WORK) return;
+  while (count_tasks(p, plan) < TASKS_A_THREAD * threads) {
+    const int64_t vectors = count_vectors(p, plan.size);
+    if (vectors > 512 / WIDTH && halve(plan.size)) continue;
+    if (plan.blocks_a_task >= 4) {
+      plan.blocks_a_task = divide_up(plan.blocks_a_task, 2);
+    } else if (vectors * WIDTH <= 64 || !halve(plan.size)) {
+      break;
+    }
+  }
+}
+
+inline void place_vectors(const Problem& p, Plan& plan) {
+  const TileShape shape(p.axes, plan.size);
+  const int64_t flat = flat_vectors(shape, plan.size);
+  plan.is_flat = flat <= row_vectors(plan.size);
+  plan.row_vectors = divide_up(plan.size[2], WIDTH);
+  if (plan.is_flat) {
+    for (int64_t v = 0; v < flat; v++) plan.vectors.push_back(v * WIDTH);
+    return;
+  }
+  for (int64_t d = 0; d < plan.size[0]; d++)
+    for (int64_t h = 0; h < plan.size[1]; h++)
+      for (int64_t v = 0; v < plan.row_vectors; v++)
+        plan.vectors.push_back(shape.position(d, h) + v * WIDTH);
+}
+
+inline Plan make_plan(const Problem& p, int64_t threads) {
+  Plan plan;
+  plan.group_block = choose_group_block(p);
+  plan.blocks = Parts(p.outputs, MAX_ROWS);
+  plan.chunk = choose_chunk(p, plan.blocks.largest());
+  if (plan.group_block > 1) plan.chunk = p.inputs;
+  choose_size(p, plan);
+  share_among_threads(p, plan, threads);
+  plan.tiles = count_tiles({p.axes[0].places, p.axes[1].places, p.axes[2].places}, plan.size);
+  const TileShape shape(p.axes, plan.size);
+  plan.channel_size = shape.floats + WIDTH;
+  plan.taps = make_taps(p.axes, shape, p.kernel);
+  place_vectors(p, plan);
+  plan.group_tasks = divide_up(p.groups, plan.group_block);
+  plan.block_tasks = divide_up(plan.blocks.count, plan.blocks_a_task);
+  plan.phase_tasks = divide_up(p.phases(), plan.phases_a_task);
+  return plan;
+}
+
+// ---- weights: [group][phase][block][chunk][tap][channel][row] --------------------------------------
+
+inline int64_t packed_at(const Problem& p, const Plan& plan, int64_t group, int64_t phase,
+                         int64_t block, int64_t channel) {
+  const int64_t all_taps = plan.taps.all.size();
+  const int64_t rows = plan.blocks.size(block);
+  const int64_t before = p.inputs * plan.blocks.begin(block) + channel * rows;
+  return group * all_taps * p.inputs * p.outputs +
+         plan.taps.first[phase] * p.inputs * p.outputs + before * plan.taps.count(phase);
+}
+
+template <class T>
+void pack_block(const Problem& p, const Plan& plan, const T* w, int64_t phase, int64_t block,
+                float* to) {
+  const int64_t rows = plan.blocks.size(block);
+  const T* first = w + plan.blocks.begin(block) * p.weight_output;
+  for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk) {
+    const int64_t channels = std::min(plan.chunk, p.inputs - channel);
+    for (int64_t t = 0; t < plan.taps.count(phase); t++)
+      for (int64_t c = channel; c < channel + channels; c++) {
+        const T* from = first + plan.taps.begin(phase)[t].kernel + c * p.weight_input;
+        for (int64_t r = 0; r < rows; r++) *to++ = widen(from[r * p.weight_output]);
+      }
+  }
+}
+
+template <class T>
+void pack_weights(const Problem& p, const Plan& plan, const T* w, float* packed,
+                  const Threads& threads) {
+  auto pack = [&](int64_t index) {
+    const int64_t group = index / plan.blocks.count;
+    const int64_t block = index % plan.blocks.count;
+    const T* from = w + group * group_weights(p);
+    for (int64_t phase = 0; phase < p.phases(); phase++)
+      pack_block(p, plan, from, phase, block,
+                 packed + packed_at(p, plan, group, phase, block, 0));
+  };
+  const Threads alone{1, nullptr};
+  const bool is_small = p.weights() < SMALL_WORK / 4;
+  run_all(is_small ? alone : threads, p.groups * plan.blocks.count, pack);
+}
+
+// ---- a task --------------------------------------------------------------------------------------
+
+struct Task {
+  int64_t image, group, groups;  // the first of its groups, and how many
+  int64_t block, blocks;
+  int64_t phase, phases;
+  Tile tile;
+};
+
+inline Task find_task(const Problem& p, const Plan& plan, int64_t index) {
+  Task task;
+  task.phase = index % plan.phase_tasks * plan.phases_a_task;
+  task.phases = std::min(plan.phases_a_task, p.phases() - task.phase);
+  index /= plan.phase_tasks;
+  task.block = index % plan.block_tasks * plan.blocks_a_task;
+  task.blocks = std::min(plan.blocks_a_task, plan.blocks.count - task.block);
+  index /= plan.block_tasks;
+  task.tile = find_tile(index % product(plan.tiles), plan.tiles, plan.size);
+  index /= product(plan.tiles);
+  task.group = index % plan.group_tasks * plan.group_block;
+  task.groups = std::min(plan.group_block, p.groups - task.group);
+  task.image = index / plan.group_tasks;
+  return task;
+}
+
+inline int64_t first_output(const Plan& plan, const Task& task) {
+  return plan.blocks.begin(task.block);
+}
+
+inline int64_t count_outputs(const Plan& plan, const Task& task) {
+  return plan.blocks.begin(task.block + task.blocks) - plan.blocks.begin(task.block);
+}
+
+// Sums of a task: sums[phase][group][output][place].
+inline float* sums_at(float* sums, const Plan& plan, const Task& task, int64_t phase,
+                      int64_t group) {
+  return sums + (phase * task.groups + group) * count_outputs(plan, task) * plan.sums_size();
+}
+
+// A phase without taps is bias and nothing else.
+inline void fill_sums(float* sums, const float* start, int64_t outputs, int64_t size) {
+  for (int64_t r = 0; r < outputs; r++)
+    std::fill(sums + r * size, sums + (r + 1) * size, start[r]);
+}
+
+// What all tasks of a call share.
+struct Call {
+  const Problem& problem;
+  const Plan& plan;
+  const float* weights;  // packed
+  const float* bias;     // of every output of every group
+};
+
+// Which products are summed: a chunk of channels, from `channel` on, of a group in one phase.
+struct Part {
+  int64_t group, phase;  // of the problem
+  int64_t channel, channels;
+};
+
+// All blocks of outputs at some vectors of places; `first` and `count` say which.
+inline void multiply_strip(const Call& call, const Task& task, const Part& part,
+                           const Terms& terms, int64_t first, int64_t count, const float* tile,
+                           float* sums) {
+  const Problem& p = call.problem;
+  const Plan& plan = call.plan;
+  const int64_t skipped = (terms.taps - plan.taps.begin(part.phase)) * part.channels;
+  const bool begins = part.channel == 0 && skipped == 0;
+  for (int64_t block = task.block; block < task.block + task.blocks; block++) {
+    const int64_t rows = plan.blocks.size(block);
+    const int64_t output = plan.blocks.begin(block);
+    const int64_t row = output - first_output(plan, task);
+    const float* weights = call.weights + skipped * rows +
+                           packed_at(p, plan, part.group, part.phase, block, part.channel);
+    const float* start = begins ? call.bias + part.group * p.outputs + output : nullptr;
+    find_multiply(rows, count)(terms, tile, plan.vectors.data() + first, weights, start,
+                               sums + row * plan.sums_size() + first * WIDTH, plan.sums_size());
+  }
+}
+
+// All places. What a strip reads stays in L1 while all outputs are computed from it.
+inline void multiply_part(const Call& call, const Task& task, const Part& part, const float* tile,
+                          float* sums) {
+  const Plan& plan = call.plan;
+  const int64_t taps = plan.taps.count(part.phase);
+  if (taps == 0 && part.channel == 0) {
+    const float* start = call.bias + part.group * call.problem.outputs + first_output(plan, task);
+    fill_sums(sums, start, count_outputs(plan, task), plan.sums_size());
+  }
+  const Parts strips(plan.vectors.size(), max_vectors(plan.blocks.largest()));
+  const int64_t most = std::max<int64_t>(1, LONGEST_SUM / part.channels);
+  for (int64_t t = 0; t < taps; t += most) {
+    const Terms terms{plan.taps.begin(part.phase) + t, std::min(most, taps - t), part.channels,
+                      plan.channel_size};
+    for (int64_t s = 0; s < strips.count; s++)
+      multiply_strip(call, task, part, terms, strips.begin(s), strips.size(s), tile, sums);
+  }
+}
+
+// Packs and sums one chunk of channels after the other.
+template <class T>
+void sum_task(const Call& call, const Task& task, const T* read, float* sums) {
+  const Problem& p = call.problem;
+  const Plan& plan = call.plan;
+  const Layout from = p.source();
+  const TileShape shape(p.axes, plan.size);
+  const TileRows rows = find_rows(p.axes, from.step, task.tile, shape);
+  float* tile = scratch<float>(TILE, task.groups * plan.chunk * plan.channel_size);
+  Source<T> source{read + task.image * from.image, read + p.batch * from.image, from.channel,
+                   from.step};
+  source.data += task.group * p.inputs * from.channel;
+  for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk) {
+    const int64_t channels = std::min(plan.chunk, p.inputs - channel);
+    pack_channels(tile, plan.channel_size, source, task.groups * channels, rows);
+    source.data += channels * from.channel;
+    for (int64_t f = 0; f < task.phases; f++)
+      for (int64_t g = 0; g < task.groups; g++)
+        multiply_part(call, task, {task.group + g, task.phase + f, channel, channels},
+                      tile + g * channels * plan.channel_size,
+                      sums_at(sums, plan, task, f, g));
+  }
+}
+
+// ---- sums become places of the result ------------------------------------------------------------
+
+// Rows of sums that become one row of the result: `phases` of them, in turns, for each output.
+struct StoredRow {
+  const float* sums;       // of the first phase and output
+  int64_t phase_size, output_size;
+  int64_t outputs;         // outputs side by side: those of all groups of the task
+  int64_t phases, places;  // places of the longest phase
+  int64_t count;           // elements of the row that are there
+};
+
+inline int64_t places_of_phase(const StoredRow& row, int64_t phase) {
+  return divide_up(row.count - phase, row.phases);
+}
+
+template <class T>
+void store_row_last(T* to, int64_t step, const StoredRow& row) {
+  for (int64_t f = 0; f < row.phases && f < row.count; f++)
+    store_turned(to + f * step, row.phases * step, row.sums + f * row.phase_size, row.output_size,
+                 places_of_phase(row, f), row.outputs);
+}
+
+// Phases in turns: element q * phases + f is place q of phase f.
+inline void interleave_phases(float* to, const float* sums, const StoredRow& row) {
+  if (row.phases == 2) {
+    const float* odd = sums + row.phase_size;
+    for (int64_t i = 0; i < row.places; i += WIDTH) {
+      store(to + 2 * i, interleave<0>(load(sums + i), load(odd + i), Lanes()));
+      store(to + 2 * i + WIDTH, interleave<1>(load(sums + i), load(odd + i), Lanes()));
+    }
+    return;
+  }
+  store_turned(to, row.phases, sums, row.phase_size, row.places, row.phases);
+}
+
+template <class T>
+void store_row_first(T* to, int64_t channel, const StoredRow& row) {
+  float* line = scratch<float>(LINE, row.phases * (row.places + WIDTH));
+  for (int64_t o = 0; o < row.outputs; o++) {
+    const float* sums = row.sums + o * row.output_size;
+    if (row.phases > 1) interleave_phases(line, sums, row);
+    store_row(to + o * channel, row.phases > 1 ? line : sums, row.count);
+  }
+}
+
+// Where a row of a tile's sums starts.
+inline int64_t sums_row(const Problem& p, const Plan& plan, int64_t depth, int64_t height) {
+  if (plan.is_flat) return TileShape(p.axes, plan.size).position(depth, height);
+  return (depth * plan.size[1] + height) * plan.row_vectors * WIDTH;
+}
+
+// All rows of one row of phases, which is that of `depth` and `height`, phases of these axes.
+template <class T>
+void store_phases(const Call& call, const Task& task, int64_t depth, int64_t height, StoredRow row,
+                  T* to) {
+  const Problem& p = call.problem;
+  const Layout layout = p.target();
+  const float* sums = row.sums;
+  const int64_t width = task.tile.start[2] * row.phases;
+  row.count = std::min(row.places * row.phases, p.written[2] - width);
+  for (int64_t d = 0; d < task.tile.size[0]; d++)
+    for (int64_t h = 0; h < task.tile.size[1]; h++) {
+      const int64_t z = (task.tile.start[0] + d) * p.axes[0].phases + depth;
+      const int64_t y = (task.tile.start[1] + h) * p.axes[1].phases + height;
+      if (z >= p.written[0] || y >= p.written[1]) continue;
+      row.sums = sums + sums_row(p, call.plan, d, h);
+      T* start = to + z * layout.step[0] + y * layout.step[1] + width * layout.step[2];
+      if (p.channels_last) {
+        store_row_last(start, layout.step[2], row);
+      } else {
+        store_row_first(start, layout.channel, row);
+      }
+    }
+}
+
+template <class T>
+void store_task(const Call& call, const Task& task, const float* sums, T* written) {
+  const Problem& p = call.problem;
+  const Layout layout = p.target();
+  const int64_t output = task.group * p.outputs + first_output(call.plan, task);
+  T* to = written + task.image * layout.image + output * layout.channel;
+  StoredRow row;
+  row.outputs = task.groups * count_outputs(call.plan, task);
+  row.output_size = call.plan.sums_size();
+  row.phase_size = row.outputs * row.output_size;
+  row.phases = p.axes[2].phases;
+  row.places = task.tile.size[2];
+  for (int64_t f = 0; f < task.phases; f += row.phases) {
+    const int64_t phase = (task.phase + f) / row.phases;
+    row.sums = sums + f * row.phase_size;
+    store_phases(call, task, phase / p.axes[1].phases, phase % p.axes[1].phases, row, to);
+  }
+}
+
+// ---- all of it -----------------------------------------------------------------------------------
+
+template <class T>
+void convolve(const Problem& p, const T* read, const T* w, const void* bias, T* written,
+              const Threads& threads) {
+  const Plan plan = make_plan(p, threads.count);
+  Buffer memory;
+  float* packed = memory.reserve<float>(plan.taps.all.size() * p.groups * p.inputs * p.outputs);
+  const std::vector<float> start = widen_bias<T>(bias, p.groups * p.outputs);
+  pack_weights(p, plan, w, packed, threads);
+  const Call call{p, plan, packed, start.data()};
+  auto run = [&](int64_t index) {
+    const Task task = find_task(p, plan, index);
+    const int64_t outputs = task.groups * count_outputs(plan, task);
+    float* sums = scratch<float>(SUMS, task.phases * outputs * plan.sums_size());
+    sum_task(call, task, read, sums);
+    store_task(call, task, sums, written);
+  };
+  run_in_portions(threads, plan.tasks(p), count_products(p), run);
+}
+
+}  // namespace flashconv

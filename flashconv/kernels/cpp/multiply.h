@@ -1,0 +1,112 @@
+// multiply.h: the innermost loop, a block of outputs in registers.
+#pragma once
+#include "taps.h"
+#include "vector.h"
+
+namespace flashconv {
+
+// A block holds ROWS outputs at VECTORS * WIDTH places. Each step loads a vector of input for each
+// of its vectors and one weight for each of its rows; all products of the two stay in registers.
+// Sixteen registers hold twelve sums, thirty-two hold twenty-four.
+constexpr int MAX_ROWS = REGISTERS == 32 ? 8 : 4;
+constexpr int SUMS_IN_REGISTERS = REGISTERS == 32 ? 24 : 12;
+
+constexpr int max_vectors(int rows) {
+  const int vectors = SUMS_IN_REGISTERS / rows;
+  return vectors < 12 ? vectors : 12;
+}
+
+// What one call sums: taps of channels, each a constant offset away from the block's places.
+struct Terms {
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t channels, channel_size;  // of the packed tile
+};
+
+template <int ROWS, int VECTORS>
+inline __attribute__((always_inline)) void multiply_step(Vector (&sums)[ROWS][VECTORS],
+                                                         const float* const (&input)[VECTORS],
+                                                         int64_t offset, const float* weights) {
+  if constexpr (ROWS < VECTORS) {  // fewer weights than vectors: these stay in registers
+    FLASHCONV_UNROLL
+    for (int v = 0; v < VECTORS; v++) {
+      const Vector x = load(input[v] + offset);
+      FLASHCONV_UNROLL
+      for (int r = 0; r < ROWS; r++) sums[r][v] += x * weights[r];
+    }
+  } else {
+    Vector x[VECTORS];
+    FLASHCONV_UNROLL
+    for (int v = 0; v < VECTORS; v++) x[v] = load(input[v] + offset);
+    FLASHCONV_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      FLASHCONV_UNROLL
+      for (int v = 0; v < VECTORS; v++) sums[r][v] += x[v] * weights[r];
+    }
+  }
+}
+
+// weights[tap][channel][row]. The block's sum starts at zero and is added to `result` as a whole:
+// a long sum is a sum of short ones, and its error grows with their number only. With `start`
+// (a number for each row) result is what is begun here, else what is added to.
+template <int ROWS, int VECTORS>
+void multiply(const Terms& terms, const float* tile, const int64_t* places, const float* weights,
+              const float* start, float* result, int64_t row_size) {
+  Vector sums[ROWS][VECTORS];
+  const float* input[VECTORS];
+  FLASHCONV_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    FLASHCONV_UNROLL
+    for (int v = 0; v < VECTORS; v++) sums[r][v] = Vector{};
+  }
+  FLASHCONV_UNROLL
+  for (int v = 0; v < VECTORS; v++) input[v] = tile + places[v];
+  for (int64_t t = 0; t < terms.tap_count; t++) {
+    int64_t offset = terms.taps[t].offset;
+    for (int64_t c = 0; c < terms.channels; c++) {
+      multiply_step(sums, input, offset, weights);
+      offset += terms.channel_size;
+      weights += ROWS;
+    }
+  }
+  FLASHCONV_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    FLASHCONV_UNROLL
+    for (int v = 0; v < VECTORS; v++) {
+      float* to = result + r * row_size + v * WIDTH;
+      store(to, start ? sums[r][v] + start[r] : load(to) + sums[r][v]);
+    }
+  }
+}
+
+using Multiply = void (*)(const Terms&, const float*, const int64_t*, const float*, const float*,
+                          float*, int64_t);
+
+template <int ROWS, int... vectors>
+Multiply find_multiply(int64_t count, std::integer_sequence<int, vectors...>) {
+  static constexpr Multiply kernels[] = {multiply<ROWS, vectors + 1>...};
+  return kernels[count - 1];
+}
+
+template <int ROWS = 1>
+Multiply find_multiply(int64_t rows, int64_t vectors) {
+  if constexpr (ROWS <= MAX_ROWS) {
+    using Counts = std::make_integer_sequence<int, max_vectors(ROWS)>;
+    return rows == ROWS ? find_multiply<ROWS>(vectors, Counts()) :
+                          find_multiply<ROWS + 1>(rows, vectors);
+  } else {
+    return nullptr;  // no block has more rows
+  }
+}
+
+// `total` cut into as few parts as a limit admits, which differ by one at most.
+struct Parts {
+  int64_t total, count;
+
+  Parts(int64_t total, int64_t limit) : total(total), count(divide_up(total, limit)) {}
+  int64_t begin(int64_t part) const { return total * part / count; }
+  int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
+  int64_t largest() const { return size(count - 1); }
+};
+
+}  // namespace flashconv

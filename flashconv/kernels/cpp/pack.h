@@ -1,0 +1,232 @@
+// pack.h: a tile of an array, padded with zeros and without strides, as float32; and the way back.
+#pragma once
+#include "scratch.h"
+#include "taps.h"
+#include "vector.h"
+
+namespace flashconv {
+
+// Steps in an array of one image: from channel to channel, and along each axis.
+struct Layout {
+  int64_t image, channel;
+  Three step;
+};
+
+inline Layout layout(const Three& lengths, int64_t channels, bool channels_last) {
+  const int64_t places = product(lengths);
+  const int64_t width = channels_last ? channels : 1;
+  Layout result;
+  result.image = places * channels;
+  result.channel = channels_last ? 1 : places;
+  result.step = {width * lengths[2] * lengths[1], width * lengths[2], width};
+  return result;
+}
+
+// What a tile is packed from: the first of its channels, and the end of the whole array.
+template <class T>
+struct Source {
+  const T* data;
+  const T* end;
+  int64_t channel;
+  Three step;
+};
+
+// One row of a packed tile: `before` zeros, `count` numbers from `source` on, zeros to the pitch.
+struct Row {
+  int64_t source, before, count;
+};
+
+// Where plane `remainder`'s row at (depth, height) comes from; count is 0 for a row of padding.
+inline Row find_row(const std::array<Axis, 3>& axes, const Three& step, const Tile& tile,
+                    int64_t pitch, const Three& at, const Three& remainder) {
+  const int64_t depth = (tile.start[0] + at[0] + axes[0].low) * axes[0].stride + remainder[0];
+  const int64_t height = (tile.start[1] + at[1] + axes[1].low) * axes[1].stride + remainder[1];
+  const int64_t stride = axes[2].stride;
+  const int64_t width = (tile.start[2] + axes[2].low) * stride + remainder[2];
+  const int64_t before = width < 0 ? divide_up(-width, stride) : 0;
+  const int64_t behind = divide_up(axes[2].length - width, stride);
+  const int64_t end = behind < pitch ? behind : pitch;
+  const bool is_inside = depth >= 0 && depth < axes[0].length && height >= 0 &&
+                         height < axes[1].length && before < end;
+  if (!is_inside) return {0, pitch, 0};
+  const int64_t first = width + before * stride;
+  return {depth * step[0] + height * step[1] + first * step[2], before, end - before};
+}
+
+// The rows of all planes of a tile, in the order in which they are packed.
+struct TileRows {
+  const Row* rows;
+  int64_t count, pitch, step;  // step: from a row's element to the next
+};
+
+inline TileRows find_rows(const std::array<Axis, 3>& axes, const Three& step, const Tile& tile,
+                          const TileShape& shape) {
+  const int64_t planes = TileShape::planes(axes);
+  const int64_t count = planes * shape.lengths[0] * shape.lengths[1];
+  Row* row = scratch<Row>(ROWS, count);
+  const TileRows result{row, count, shape.pitch, axes[2].stride * step[2]};
+  for (int64_t depth : axes[0].planes)
+    for (int64_t height : axes[1].planes)
+      for (int64_t width : axes[2].planes)
+        for (int64_t d = 0; d < shape.lengths[0]; d++)
+          for (int64_t h = 0; h < shape.lengths[1]; h++)
+            *row++ = find_row(axes, step, tile, shape.pitch, {d, h, 0}, {depth, height, width});
+  return result;
+}
+
+// ---- rows of places: channels first --------------------------------------------------------------
+// Rows are packed in the order in which they lie, so that each may write up to a vector too much:
+// the next one overwrites it, and behind the last one there is room.
+
+inline void clear_row(float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += WIDTH) store(to + i, Vector{});
+}
+
+template <class T>
+inline void copy_row(float* to, const T* from, int64_t count, const T* end) {
+  for (int64_t i = 0; i < count; i += WIDTH) store(to + i, load_until(from + i, end));
+}
+
+template <class T>
+inline void copy_every_second(float* to, const T* from, int64_t count, const T* end) {
+  for (int64_t i = 0; i < count; i += WIDTH) {
+    const Vector low = load_until(from + 2 * i, end);
+    const Vector high = load_until(from + 2 * i + WIDTH, end);
+    store(to + i, every_second(low, high, Lanes()));
+  }
+}
+
+template <class T>
+inline void copy_any(float* to, const T* from, int64_t step, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = widen(from[i * step]);
+}
+
+template <class T>
+inline void pack_row(float* to, const T* data, const T* end, const Row& row, const TileRows& rows) {
+  clear_row(to, row.before);
+  float* middle = to + row.before;
+  const T* from = data + row.source;
+  if (rows.step == 1) {
+    copy_row(middle, from, row.count, end);
+  } else if (rows.step == 2) {
+    copy_every_second(middle, from, row.count, end);
+  } else {
+    copy_any(middle, from, rows.step, row.count);
+  }
+  const int64_t filled = row.before + row.count;
+  clear_row(to + filled, rows.pitch - filled);
+}
+
+// ---- rows of places out of rows of channels: channels last ---------------------------------------
+
+// WIDTH places of WIDTH channels, transposed in registers.
+template <class T>
+inline void turn_block(float* to, int64_t channel_size, const T* from, int64_t step, const T* end,
+                       int64_t places, int64_t channels) {
+  Vector block[WIDTH];
+  FLASHCONV_UNROLL
+  for (int i = 0; i < WIDTH; i++)
+    block[i] = i < places ? load_until(from + i * step, end) : Vector{};
+  transpose(block);
+  FLASHCONV_UNROLL
+  for (int i = 0; i < WIDTH; i++)
+    if (i < channels) store(to + i * channel_size, block[i]);
+}
+
+template <class T>
+inline void turn_row(float* to, int64_t channel_size, const T* from, int64_t step, const T* end,
+                     int64_t places, int64_t channels) {
+  for (int64_t i = 0; i < places; i += WIDTH)
+    for (int64_t c = 0; c < channels; c += WIDTH)
+      turn_block(to + c * channel_size + i, channel_size, from + i * step + c, step, end,
+                 places - i, channels - c);
+}
+
+// ---- a tile --------------------------------------------------------------------------------------
+
+// to[channel][plane][depth][height][width], channels `channel_size` apart.
+template <class T>
+void pack_channels(float* to, int64_t channel_size, const Source<T>& source, int64_t channels,
+                   const TileRows& rows) {
+  if (source.channel != 1 || channels == 1) {
+    for (int64_t c = 0; c < channels; c++)
+      for (int64_t r = 0; r < rows.count; r++)
+        pack_row(to + c * channel_size + r * rows.pitch, source.data + c * source.channel,
+                 source.end, rows.rows[r], rows);
+    return;
+  }
+  for (int64_t r = 0; r < rows.count; r++) {
+    const Row& row = rows.rows[r];
+    float* start = to + r * rows.pitch;
+    const int64_t filled = row.before + row.count;
+    for (int64_t c = 0; c < channels && row.before > 0; c++)
+      clear_row(start + c * channel_size, row.before);
+    turn_row(start + row.before, channel_size, source.data + row.source, rows.step, source.end,
+             row.count, channels);
+    for (int64_t c = 0; c < channels && filled < rows.pitch; c++)
+      clear_row(start + c * channel_size + filled, rows.pitch - filled);
+  }
+}
+
+// to[plane][depth][height][width][channel], for arrays with channels last: `channels` is rounded
+// up to whole vectors, whose last lanes may hold anything.
+template <class T>
+void pack_places(float* to, const Source<T>& source, int64_t channels, const TileRows& rows) {
+  for (int64_t r = 0; r < rows.count; r++) {
+    const Row& row = rows.rows[r];
+    float* start = to + r * rows.pitch * channels;
+    clear_row(start, row.before * channels);
+    start += row.before * channels;
+    for (int64_t i = 0; i < row.count; i++, start += channels)
+      copy_row(start, source.data + row.source + i * rows.step, channels, source.end);
+    clear_row(start, (rows.pitch - row.before - row.count) * channels);
+  }
+}
+
+// ---- the way back: sums become rows of an array, and nothing else is written -----------------------
+
+template <class T>
+inline void store_row(T* to, const float* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) store(to + i, load(from + i));
+  if (i == count) return;
+  if (count >= WIDTH) {
+    store(to + count - WIDTH, load(from + count - WIDTH));  // overlaps what is there already
+  } else {
+    store_part(to, load(from), count);
+  }
+}
+
+template <class T>
+inline void store_turned_block(T* to, int64_t step, const float* from, int64_t row_size,
+                               int64_t places, int64_t channels) {
+  Vector block[WIDTH];
+  FLASHCONV_UNROLL
+  for (int i = 0; i < WIDTH; i++)
+    block[i] = i < channels ? load(from + i * row_size) : Vector{};
+  transpose(block);
+  FLASHCONV_UNROLL
+  for (int i = 0; i < WIDTH; i++) {
+    if (i >= places) continue;
+    if (channels >= WIDTH) {
+      store(to + i * step, block[i]);
+    } else {
+      store_part(to + i * step, block[i], channels);
+    }
+  }
+}
+
+// `channels` rows of `places` sums each, `row_size` apart, become places of channels, `step` apart.
+template <class T>
+inline void store_turned(T* to, int64_t step, const float* from, int64_t row_size, int64_t places,
+                         int64_t channels) {
+  for (int64_t c = 0; c < channels; c += WIDTH) {
+    const bool overlaps = channels - c < WIDTH && channels > WIDTH;
+    const int64_t start = overlaps ? channels - WIDTH : c;
+    for (int64_t i = 0; i < places; i += WIDTH)
+      store_turned_block(to + i * step + start, step, from + start * row_size + i, row_size,
+                         places - i, channels - start);
+  }
+}
+
+}  // namespace flashconv
