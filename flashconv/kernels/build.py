@@ -146,7 +146,7 @@ def glue() -> Library:
     places = *(f"-isystem{folder}" for folder in headers), f"{nanobind}/src/nb_combined.cpp", \
         f"-L{mlx / 'lib'}", "-lmlx"
     return Library(
-        "glue", tuple(SOURCES / name for name in ("glue.cpp", "conv.h", "pool.h")),
+        "glue", tuple(SOURCES / name for name in ("glue.cpp", "call.h", "conv.h", "pool.h")),
         ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-DNDEBUG"),
         (machine(), mx.__version__, _state(mlx / "lib/libmlx.so"), sysconfig.get_config_var("SOABI")),
         _tools(nanobind and version("nanobind")), places)

@@ -493,6 +493,8 @@ mx::Shape as_shape(const Lengths& lengths) {
   return shape;
 }
 
+#include "call.h"
+
 }  // namespace
 
 NB_MODULE(flashconv_glue, m) {
@@ -506,6 +508,9 @@ NB_MODULE(flashconv_glue, m) {
     set_threads(count);
   }, "count"_a);
   m.def("blas_callback", [] { return reinterpret_cast<uintptr_t>(&run_blas); });
+
+  m.def("convolve", &convolve, "axes"_a, "input"_a, "weight"_a, "bias"_a.none(), "stride"_a,
+        "padding"_a.none(), "dilation"_a, "groups"_a, "data_format"_a, "output_padding"_a.none());
 
   nb::class_<Layer>(m, "Spec")
       .def("__init__", [](Layer* self, const Lengths& stride,
