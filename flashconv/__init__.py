@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from flashconv import blas, functional, memory
-from flashconv.algorithms.choice import algorithm
+from flashconv.algorithms.choice import algorithm, allow_fft, allow_fft_everywhere
 from flashconv.algorithms.explain import explain, tune
 from flashconv.base import _ConvNd
 from flashconv.conv import Conv1d, Conv2d, Conv3d
@@ -24,4 +24,5 @@ __all__ = [
     "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d", "LazyConvTranspose1d",
     "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "from_torch", "to_torch",
     "from_mlx", "to_mlx", "load_torch_state", "save_torch_state", "to_torch_state",
-    "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm", "explain", "tune", "_ConvNd", "_ConvTransposeNd"]
+    "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm", "allow_fft",
+    "allow_fft_everywhere", "explain", "tune", "_ConvNd", "_ConvTransposeNd"]

@@ -13,9 +13,11 @@ from math import prod
 
 import mlx.core as mx
 
-from .choice import ALGORITHMS, choose, choose_for_weight
+from .choice import (
+    ALGORITHMS, allow_fft, choose, choose_for_weight, fft_is_allowed)
 from .mec import strips_gradient
 from .native import as_convolution
+from .overlap import with_borders
 from .taps import added
 from ..arithmetic import Geometry, transposed_output_size
 
@@ -27,13 +29,17 @@ def convolve(
     force: bool = False,  # whether `with algorithm(...)` must be obeyed, or only where it can be
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "Run a checked convolution by the algorithm that is chosen for it."
-    if g.transposed and max(g.stride) == 1: x, w, g = as_convolution(x, w, g)
-    if g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
+    given, without_stride = (x, w, g), g.transposed and max(g.stride) == 1
+    if without_stride: x, w, g = as_convolution(x, w, g)
+    elif g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
     name, why = choose(g, w.shape, x.dtype, force)
     for seen in _watchers.get(): seen.append((name, why, x, w, g))
     if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
-    if not mx.issubdtype(x.dtype, mx.inexact): return ALGORITHMS[name](x, w, g)
-    return _with_rules(ALGORITHMS[name], g)(x, w)
+    algorithm = ALGORITHMS[name]
+    if not mx.issubdtype(x.dtype, mx.inexact): return algorithm(x, w, g)
+    if without_stride and name != "fft" and why != "forced":
+        (x, w, g), algorithm = given, with_borders(algorithm)
+    return _with_rules(algorithm, g, fft_is_allowed())(x, w)
 
 _watchers = ContextVar("watchers", default=())  # lists that `explain` has open in this thread
 
@@ -54,7 +60,7 @@ def _exchanged(x, w, g, force):
 
 # %% ../../nbs/algorithms/derivatives.ipynb #ed6b0c56
 @lru_cache(maxsize=4096)
-def _with_rules(algorithm, g):
+def _with_rules(algorithm, g, may_fft):
     "An algorithm as a function of two arrays that MLX differentiates and batches by our rules."
     @mx.custom_function
     def run(x, w): return algorithm(mx.stop_gradient(x), mx.stop_gradient(w), g)
@@ -62,7 +68,8 @@ def _with_rules(algorithm, g):
     @run.vjp
     def _(primals, cotangent, output):
         x, w = map(mx.conj, primals) if output.dtype == mx.complex64 else primals
-        return input_gradient(cotangent, w, g, x.shape), weight_gradient(x, cotangent, g)
+        with allow_fft(may_fft):
+            return input_gradient(cotangent, w, g, x.shape), weight_gradient(x, cotangent, g)
 
     @run.jvp
     def _(primals, tangents):
@@ -71,7 +78,8 @@ def _with_rules(algorithm, g):
         return added(changes if dw is None else [*changes, run(x, dw)])
 
     @run.vmap
-    def _(arrays, axes): return _batched(*arrays, *axes, g), 0
+    def _(arrays, axes):
+        with allow_fft(may_fft): return _batched(*arrays, *axes, g), 0
 
     return run
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from . import choice, derivatives
-from .fft import spectrum_values
+from .fft import spectrum_flops, spectrum_values
 from .matmul import column_bytes
 from .mec import strip_bytes
 from .places import row_values
@@ -32,6 +32,7 @@ class Run(NamedTuple):
     flops: int  # multiplications and additions that its definition has
     bytes: int  # input, weight and output
     workspace: int  # about how many bytes it holds besides, at most
+    fft_flops: int  # of FFT, where `allow_fft` would have it run instead; else 0
 
 # %% ../../nbs/algorithms/explain.ipynb #c6237842
 def _shape(call, input_shape, dtype):
@@ -64,24 +65,30 @@ def _run(part, name, why, x, w, g):
     out, n_taps, values = prod(g.output_shape), prod(g.kernel_size), x.size // channels
     column = column_bytes(g, channels, size)
     written = dict(native=column, matmul=column, taps=n_taps * out * size,
-                   places=row_values(g, w.shape)[0] * size,
+                   places=row_values(g, w.shape) * size,
                    mec=strip_bytes(g, x.shape, len(w), size),
                    overlap_add=n_taps * values * w.shape[1] * g.groups * size,
                    fft=8 * spectrum_values(g, w.shape))[name]
     places = values if g.transposed else out // len(w)
     arrays = x.nbytes + w.nbytes + out * x.itemsize
     return Run(part, name, why, 2 * places * w.size, arrays,
-               min(written, 2 * WHOLE) + arrays if written else 0)
+               min(written, 2 * WHOLE) + arrays if written else 0,
+               spectrum_flops(g, w.shape) if _waits_for_fft(name, x, w, g) else 0)
+
+def _waits_for_fft(name, x, w, g):
+    if name == "fft": return False
+    with choice.allow_fft(): return choice.choose(g, w.shape, x.dtype)[0] == "fft"
 
 # %% ../../nbs/algorithms/explain.ipynb #14e4338a
 class Explanation(tuple):
     "The runs of a call, as a table where it is printed."
     def __repr__(self):
-        rows = [("", "algorithm", "MFLOP", "MB", "workspace", "why")]
-        rows += [(r.part, r.algorithm, f"{r.flops / 1e6:,.1f}", f"{r.bytes / 1e6:,.1f}",
-                  f"{r.workspace / 1e6:,.1f}", r.why) for r in self]
+        rows = [("", "algorithm", "MFLOP", "MB", "workspace", "by FFT", "why")]
+        rows += [(r.part, r.algorithm, *(f"{n / 1e6:,.1f}" for n in r[3:6]),
+                  f"{r.fft_flops / 1e6:,.1f}" if r.fft_flops else "", r.why) for r in self]
+        if not any(r.fft_flops for r in self): rows = [(*row[:5], row[6]) for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join("  ".join(c.rjust(n) if i in (2, 3, 4) else c.ljust(n)
+        return "\n".join("  ".join(c.rjust(n) if 1 < i < len(row) - 1 else c.ljust(n)
                                    for i, (c, n) in enumerate(zip(row, widths))).rstrip()
                          for row in rows)
 
@@ -119,7 +126,7 @@ def tune(
     input_shape: tuple,  # of the input
     dtype: mx.Dtype = mx.float32,  # of the input
 ) -> dict:  # seconds by algorithm, fastest first
-    """Time each algorithm that is possible for a call, and keep the fastest for its shape.
+    """Time each algorithm that is possible for a call and allowed; keep the order for its shape.
 
     Kept for the process: for every later call of that geometry, dtype and kind of device, forward
     only. Raises `ValueError` if the call runs other than one convolution.
@@ -130,8 +137,8 @@ def tune(
         raise ValueError(f"one convolution can be tuned, but the call runs {len(seen)}")
     *_, w, g = seen[0]
     times = {}
-    for name in choice.possible(g, dtype):
+    for name in choice.allowed(choice.possible(g, dtype)):
         with choice.algorithm(name): times[name] = _seconds(partial(call, x))
     times = dict(sorted(times.items(), key=lambda item: item[1]))
-    choice._tuned[g, w.shape, dtype, mx.default_device().type] = next(iter(times))
+    choice._tuned[g, w.shape, dtype, mx.default_device().type] = tuple(times)
     return times

@@ -8,7 +8,6 @@ __all__ = ['row_values', 'places']
 # %% ../../nbs/algorithms/places.ipynb #897429f2
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from math import prod
 
 import mlx.core as mx
@@ -37,59 +36,22 @@ def _one_by_one(x, w, g):
     return mx.flatten(mx.stack(seen, -1), 2, 3)
 
 # %% ../../nbs/algorithms/places.ipynb #75d91bf8
-def _heights(g):
-    "How far the windows of all places reach, along each axis but the last."
-    return [k + (out - 1) * stride
-            for k, out, stride in zip(g.kernel_size[:-1], g.out, g.stride)]
-
-def _strip_rows(x, g):
-    "What the places of the width see in full height: (groups, N * places, C/groups * taps)."
-    x = x[(..., *map(slice, _heights(g)), slice(None))]
-    x = mx.unflatten(x, 1, (g.groups, -1)).swapaxes(0, 1)
-    seen = [x[where] for _, where in
-            slices(g.out[-1:], g.stride[-1:], g.kernel_size[-1:], g.dilation[-1:])]
-    return mx.stack(seen, 2).reshape(g.groups, len(x[0]) * len(seen), -1)
-
-def _shifted(w, g):
-    "The kernel at each place of the other axes, among zeros: (groups, O/groups * places, ...)."
-    heights, shifted = _heights(g), []
-    for place in product(*map(range, g.out[:-1])):
-        starts = [at * stride for at, stride in zip(place, g.stride)]
-        shifted.append(pad_axes(w, {
-            2 + axis: (start, height - k - start)
-            for axis, (start, height, k) in enumerate(zip(starts, heights, g.kernel_size))}))
-    w = mx.unflatten(mx.stack(shifted, 1), 0, (g.groups, -1))
-    return w.reshape(g.groups, w.shape[1] * len(shifted), -1)
-
-# %% ../../nbs/algorithms/places.ipynb #2376320c
 def row_values(
     g: Geometry,  # of a convolution that is not transposed
     weight_shape: tuple,  # of PyTorch's weight
-    inexact: bool = True,  # whether the numbers are floating point or complex
-) -> tuple:  # int, bool
-    "How many values there are in all rows, and whether those of the width are the smaller ones."
-    (outputs, inner, *kernel), (*others, width) = weight_shape, g.out
-    seen = g.output_shape[0] * inner * g.groups * width
-    rows = seen * prod(kernel) * prod(others)
-    strips = prod(_heights(g)) * kernel[-1] * (seen + outputs * inner * prod(others))
-    gaps = max(g.dilation[:-1], default=1) > 1
-    return (rows, False) if gaps or not inexact or strips > rows / 2 else (strips, True)
-
-def _row_values(w, g): return row_values(g, w.shape, mx.issubdtype(w.dtype, mx.inexact))
+) -> int:
+    "How many values there are in all rows."
+    _, inner, *kernel = weight_shape
+    return g.output_shape[0] * inner * g.groups * prod(kernel) * prod(g.out)
 
 # %% ../../nbs/algorithms/places.ipynb #7981be0e
 def _placed(x, w, g):
     "A convolution, channels first."
-    n, (*others, width) = len(x), g.out
     x = pad_axes(x, dict(enumerate(g.padding, 2)))
-    if _row_values(w, g)[1]:
-        y = _shifted(w, g) @ _strip_rows(x, g).swapaxes(1, 2)
-        y = y.reshape(g.groups, -1, prod(others), n, width).swapaxes(2, 3)
-    else:
-        w = w.reshape(g.groups, len(w) // g.groups, -1)
-        y = (w @ _rows(x, g).swapaxes(1, 2) if mx.issubdtype(x.dtype, mx.inexact)
-             else _one_by_one(x, w, g))
-    y = y.reshape(g.groups, -1, n, *others, width)
+    w = w.reshape(g.groups, len(w) // g.groups, -1)
+    y = (w @ _rows(x, g).swapaxes(1, 2) if mx.issubdtype(x.dtype, mx.inexact)
+         else _one_by_one(x, w, g))
+    y = y.reshape(g.groups, -1, len(x), *g.out)
     return mx.flatten(mx.moveaxis(y, 2, 0), 1, 2)
 
 # %% ../../nbs/algorithms/places.ipynb #b2e78b9c
@@ -109,7 +71,7 @@ def _part(x, w, g, axis, start, stop):
 # %% ../../nbs/algorithms/places.ipynb #9f82f3e8
 def _in_parts(x, w, g, limit=None):
     "A convolution, channels first, in parts of at most `limit` bytes."
-    size, lengths = _row_values(w, g)[0] * x.itemsize, w.shape[1:]
+    size, lengths = row_values(g, w.shape) * x.itemsize, w.shape[1:]
     if size <= (limit or WHOLE) or g.groups == max(lengths) == 1: return _placed(x, w, g)
     if limit is None: limit = max(WHOLE // 2, size // MOST_TILES)
     part = partial(_in_parts, limit=limit)
