@@ -8,8 +8,10 @@ __all__ = ['conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d',
 # %% ../nbs/03_functional.ipynb #d12fb644
 import mlx.core as mx
 
-from .algorithms.derivatives import add_bias, convolve
+from .algorithms.choice import follows_rule
+from .algorithms.derivatives import convolve
 from .arithmetic import as_int, as_ints, conv_geometry, is_channels_last
+from .kernels import primitive
 from .padding import check_array, pad
 
 # %% ../nbs/03_functional.ipynb #f0228fcf
@@ -31,6 +33,10 @@ def _check_dtypes(name, input, weight, bias):
 def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups, data_format,
                  output_padding=None):
     "What all six functions do: check, then run. `output_padding` marks a transposed one."
+    if primitive.call is not None and follows_rule():
+        y = primitive.call(n, input, weight, bias, stride, padding, dilation, groups, data_format,
+                           output_padding)
+        if y is not None: return y
     check_array(name, "input", input)
     check_array(name, "weight", weight)
     if bias is not None: check_array(name, "bias", bias)
@@ -43,8 +49,7 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     batched = input.ndim == n + 2
     if input.size == 0:
         return mx.zeros(g.output_shape if batched else g.output_shape[1:], input.dtype)
-    y = convolve(input if batched else input[None], weight, g, force=True)
-    if bias is not None: y = add_bias(y, bias, channels_last)
+    y = convolve(input if batched else input[None], weight, g, bias, force=True)
     return y if batched else mx.squeeze(y, 0)
 
 # %% ../nbs/03_functional.ipynb #ec7c8efd

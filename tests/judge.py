@@ -268,9 +268,9 @@ def _their_jvp(f):
 @contextmanager
 def _watched():
     "A list of every run of an algorithm."
-    token = derivatives._watchers.set((seen := [],))
+    token = choice.watchers.set((seen := [],))
     try: yield seen
-    finally: derivatives._watchers.reset(token)
+    finally: choice.watchers.reset(token)
 
 
 @contextmanager

@@ -6,15 +6,16 @@
 __all__ = ['convolve', 'input_gradient', 'weight_gradient', 'add_bias']
 
 # %% ../../nbs/algorithms/derivatives.ipynb #a5479c6f
-from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
 import mlx.core as mx
 
-from .choice import (
-    ALGORITHMS, allow_fft, choose, choose_for_weight, fft_is_allowed)
+from flashconv.algorithms.choice import (
+    ALGORITHMS, allow_fft, choose, choose_for_weight, fft_is_allowed, kernels_turn,
+    watchers)
+from .kernel import kernel, kernel_weight_gradient
 from .mec import strips_gradient
 from .native import as_convolution
 from .overlap import with_borders
@@ -26,22 +27,33 @@ def convolve(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # everything else
+    bias: mx.array | None = None,  # (O,)
     force: bool = False,  # whether `with algorithm(...)` must be obeyed, or only where it can be
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "Run a checked convolution by the algorithm that is chosen for it."
+    if x.size and kernels_turn(g, w.shape, x.dtype, force):
+        _note(*choose(g, w.shape, x.dtype), x, w, g)
+        return kernel(x, w, g, bias)
+    y = _composed(x, w, g, force)
+    return y if bias is None else add_bias(y, bias, g.channels_last)
+
+def _note(*run):
+    for seen in watchers.get(): seen.append(run)
+
+# %% ../../nbs/algorithms/derivatives.ipynb #197da7ab
+def _composed(x, w, g, force):
+    "A convolution made of MLX's operations, with rules of ours."
     given, without_stride = (x, w, g), g.transposed and max(g.stride) == 1
     if without_stride: x, w, g = as_convolution(x, w, g)
     elif g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
     name, why = choose(g, w.shape, x.dtype, force)
-    for seen in _watchers.get(): seen.append((name, why, x, w, g))
+    _note(name, why, x, w, g)
     if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
     algorithm = ALGORITHMS[name]
     if not mx.issubdtype(x.dtype, mx.inexact): return algorithm(x, w, g)
     if without_stride and name != "fft" and why != "forced":
         (x, w, g), algorithm = given, with_borders(algorithm)
     return _with_rules(algorithm, g, fft_is_allowed())(x, w)
-
-_watchers = ContextVar("watchers", default=())  # lists that `explain` has open in this thread
 
 # %% ../../nbs/algorithms/derivatives.ipynb #5db4db2d
 def _has_the_larger_kernel(x, g):
@@ -54,7 +66,7 @@ def _exchanged(x, w, g, force):
     if last: x = mx.moveaxis(x, -1, 1)
     other = replace(g, kernel_size=x.shape[2:], stride=g.dilation, dilation=g.stride,
                     channels_last=False, output_shape=(w.shape[1], g.groups * n, *g.out))
-    y = convolve(w.swapaxes(0, 1), x.swapaxes(0, 1), other, force)
+    y = convolve(w.swapaxes(0, 1), x.swapaxes(0, 1), other, None, force)
     y = mx.flatten(mx.unflatten(y, 1, (g.groups, n)).swapaxes(0, 2), 1, 2)  # (N, O, *out)
     return mx.moveaxis(y, 1, -1) if last else y
 
@@ -111,15 +123,19 @@ def weight_gradient(
     direct = choose_for_weight(g, x.shape[g.channel_axis])
     if direct:
         w = mx.zeros((cotangent.shape[-1], x.shape[-1], *g.kernel_size), x.dtype)
-        for seen in _watchers.get(): seen.append((*direct, x, w, g))
+        _note(*direct, x, w, g)
         return strips_gradient(x, cotangent, g)
+    given = x, cotangent
     if g.channels_last:
         x, cotangent = (mx.contiguous(mx.moveaxis(a, -1, 1)) for a in (x, cotangent))
     if g.transposed: x, cotangent = cotangent, x
     xs, ys = (a.reshape(len(a), g.groups, -1, *a.shape[2:]) for a in (x, cotangent))
     xs = mx.flatten(xs.swapaxes(0, 2), 1, 2)  # (C/groups, groups * N, *spatial)
     ys = mx.flatten(mx.moveaxis(ys, 0, 2), 0, 1)  # (groups * O/groups, N, *out)
-    return convolve(xs, ys, _swapped(g, len(xs), ys.shape)).swapaxes(0, 1)
+    swapped = _swapped(g, len(xs), ys.shape)
+    if kernels_turn(swapped, ys.shape, x.dtype):
+        return kernel_weight_gradient(*given, g, (len(ys), len(xs), *g.kernel_size))
+    return convolve(xs, ys, swapped).swapaxes(0, 1)
 
 @lru_cache(maxsize=4096)
 def _swapped(g, inner, shape):

@@ -21,6 +21,7 @@ from .matmul import column_bytes
 from .mec import strip_bytes
 from .places import row_values
 from .tiles import WHOLE
+from ..kernels import primitive
 from ..arithmetic import as_ints, check_limit
 
 # %% ../../nbs/algorithms/explain.ipynb #7d10d722
@@ -51,9 +52,9 @@ def _shape(call, input_shape, dtype):
 def _watched(call, *args):
     "The convolutions that a call would run: (algorithm's name, reason, x, w, geometry) each."
     seen = []
-    token = derivatives._watchers.set((*derivatives._watchers.get(), seen))
+    token = choice.watchers.set((*choice.watchers.get(), seen))
     try: call(*args)
-    finally: derivatives._watchers.reset(token)
+    finally: choice.watchers.reset(token)
     return seen
 
 def _runs(part, call): return [_run(part, *each) for each in _watched(call)]
@@ -64,6 +65,7 @@ def _run(part, name, why, x, w, g):
     size, channels = max(4, x.itemsize), x.shape[g.channel_axis]
     out, n_taps, values = prod(g.output_shape), prod(g.kernel_size), x.size // channels
     column = column_bytes(g, channels, size)
+    if name == "kernel": return _kernel_run(part, why, x, w, g)
     written = dict(native=column, matmul=column, taps=n_taps * out * size,
                    places=row_values(g, w.shape) * size,
                    mec=strip_bytes(g, x.shape, len(w), size),
@@ -78,6 +80,18 @@ def _run(part, name, why, x, w, g):
 def _waits_for_fft(name, x, w, g):
     if name == "fft": return False
     with choice.allow_fft(): return choice.choose(g, w.shape, x.dtype)[0] == "fft"
+
+# %% ../../nbs/algorithms/explain.ipynb #9e15dc97
+_THREAD_BYTES = 2 * 2**20  # that kernels hold in each thread
+
+def _kernel_run(part, why, x, w, g):
+    "The same for kernels, which copy the weight, and parts of the other arrays."
+    places = (x.size // x.shape[g.channel_axis] if g.transposed else prod(g.output_shape) // len(w))
+    arrays = x.nbytes + w.nbytes + prod(g.output_shape) * x.itemsize
+    waits = part == "forward" and _waits_for_fft("kernel", x, w, g)
+    return Run(part, "kernel", why, 2 * places * w.size, arrays,
+               4 * w.size + _THREAD_BYTES * primitive.info().threads,
+               spectrum_flops(g, w.shape) if waits else 0)
 
 # %% ../../nbs/algorithms/explain.ipynb #14e4338a
 class Explanation(tuple):
@@ -106,6 +120,9 @@ def explain(
     for name, why, x, w, g in _watched(call, mx.zeros(_shape(call, input_shape, dtype), dtype)):
         y = mx.zeros(g.output_shape, dtype)
         runs += [_run("forward", name, why, x, w, g)]
+        if name == "kernel":  # its derivatives are its own
+            runs += [_run(f"{of} gradient", name, why, x, w, g) for of in ("input", "weight")]
+            continue
         runs += _runs("input gradient", partial(derivatives.input_gradient, y, w, g, x.shape))
         runs += _runs("weight gradient", partial(derivatives.weight_gradient, x, y, g))
     return Explanation(runs)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..blas import _in_use
 
 _glue = None  # the module, once it is loaded
+call = None  # its `convolve`, while convolutions run in kernels
 _files = ()  # the libraries, then
 _reason = "no convolution has asked for them yet"
 _is_settled = False
@@ -25,7 +26,21 @@ def available() -> bool:
     if not _is_settled:
         with _settling:
             if not _is_settled: _settle()
-    return _glue is not None
+    return call is not None
+
+
+def use(
+    wanted: bool,  # whether convolutions on the CPU are to run in kernels
+) -> None:
+    """Turn the kernels off or on, for all threads, from the next call on.
+
+    Raises `TypeError` for anything but a bool, `RuntimeError` if there are none to turn on.
+    """
+    global call
+    if not isinstance(wanted, bool): raise TypeError(f"wanted must be a bool, but got {wanted!r}")
+    available()
+    if wanted and _glue is None: raise RuntimeError(f"there are no kernels: {_reason}")
+    call = _glue.convolve if wanted else None
 
 
 def _settle():
@@ -43,7 +58,7 @@ def _settle():
 
 def _try(wish):
     "Load the kernels, compiled first if they have to be."
-    global _glue, _files, _reason
+    global _glue, _files, _reason, call
     from .build import BuildError, libraries, load  # not before a convolution wants them
     from .pool import threads
     try:
@@ -55,6 +70,7 @@ def _try(wish):
         return
     module.set_threads(threads())
     _glue, _files, _reason = module, tuple(map(str, files)), "compiled for this machine"
+    call = module.convolve
     lend_threads(_in_use())
 
 

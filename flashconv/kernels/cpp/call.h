@@ -71,6 +71,8 @@ optional<mx::array> convolve(int axes, nb::handle input, nb::handle weight, nb::
   auto pairs = as_pairs(padding, axes, *steps, *distances, w->shape());
   optional<Lengths> extra;
   if (!output_padding.is_none() && !(extra = as_lengths(output_padding, axes))) return std::nullopt;
+  for (int i = 0; i < axes && extra; i++)  // PyTorch's rule; no kernel needs it
+    if ((*extra)[i] >= std::max((*steps)[i], (*distances)[i])) return std::nullopt;
   mx::Device device = mx::default_device();
   if (!pairs || device != mx::Device::cpu) return std::nullopt;
   try {

@@ -75,8 +75,6 @@ Spec::Spec(const Lengths& strides, const vector<std::pair<int64_t, int64_t>>& pa
     if (dilations[i] < 1) refuse("dilation must be at least 1, but got ", dilations[i]);
     if (std::min({low, high, out}) < 0) refuse("padding must not be negative");
     if (std::max({low, high, out}) > LONGEST) refuse("padding must be below 2^31");
-    if (out > 0 && out >= std::max(strides[i], dilations[i]))
-      refuse("output_padding must be smaller than stride or dilation, but got ", out);
     // A step beyond the longest axis leaves it, however long it is: no product overflows.
     stride[i] = std::min(strides[i], LONGEST + 1);
     dilation[i] = std::min(dilations[i], LONGEST + 1);
