@@ -27,6 +27,10 @@ struct Plan {
   int64_t channel_size;       // of the packed tile
   int64_t group_tasks, block_tasks, phase_tasks;
 
+  // Groups that share a task are stored side by side: with all of their outputs.
+  bool can_split_outputs(int64_t blocks) const {
+    return group_block == 1 && blocks_a_task >= blocks;
+  }
   int64_t sums_size() const { return int64_t(vectors.size()) * WIDTH; }  // of an output
   int64_t tasks(const Problem& p) const {
     return p.batch * group_tasks * product(tiles) * block_tasks * phase_tasks;
@@ -92,7 +96,7 @@ inline void choose_size(const Problem& p, Plan& plan) {
     const bool is_small = count_vectors(p, plan.size) <= 4 * SUMS_IN_REGISTERS;
     if (is_small && plan.phases_a_task > row_of_phases) {
       plan.phases_a_task = divide_up(plan.phases_a_task / row_of_phases, 2) * row_of_phases;
-    } else if (is_small && plan.blocks_a_task > 1) {
+    } else if (is_small && plan.can_split_outputs(2)) {
       plan.blocks_a_task = divide_up(plan.blocks_a_task, 2);
     } else if (!halve(plan.size)) {
       break;
@@ -106,7 +110,7 @@ inline void share_among_threads(const Problem& p, Plan& plan, int64_t threads) {
   while (count_tasks(p, plan) < TASKS_A_THREAD * threads) {
     const int64_t vectors = count_vectors(p, plan.size);
     if (vectors > 512 / WIDTH && halve(plan.size)) continue;
-    if (plan.blocks_a_task >= 4) {
+    if (plan.can_split_outputs(4)) {
       plan.blocks_a_task = divide_up(plan.blocks_a_task, 2);
     } else if (vectors * WIDTH <= 64 || !halve(plan.size)) {
       break;

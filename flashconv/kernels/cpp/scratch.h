@@ -74,7 +74,12 @@ void run_all(const Threads& threads, int64_t jobs, const Job& job) {
   if (state.failed) throw std::bad_alloc();
 }
 
-constexpr double SMALL_WORK = 2e5;  // products that take less time than waking a thread
+#if !defined(FLASHCONV_SMALL_WORK)
+#define FLASHCONV_SMALL_WORK 2e5  // a test sets it to 0, so that small layers use threads too
+#endif
+
+// Products that take less time than waking a thread.
+constexpr double SMALL_WORK = FLASHCONV_SMALL_WORK;
 
 // Tasks of a call of `work` products, several at a time where they are small; on this thread alone
 // where all of them are.

@@ -82,13 +82,14 @@ inline void store(BFloat16* to, Vector value) {
 
 #if defined(__F16C__) && defined(__AVX512F__)
 
+// maskz with all lanes is the plain instruction, without GCC 12's warning about the plain one.
 inline Vector load(const Float16* from) {
-  return reinterpret<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)));
+  return reinterpret<Vector>(_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256((const __m256i*)from)));
 }
 
 inline void store(Float16* to, Vector value) {
   const __m512 wide = reinterpret<__m512>(value);
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(-1, wide, _MM_FROUND_TO_NEAREST_INT));
 }
 
 #elif defined(__F16C__) && defined(__AVX2__) && !defined(FLASHCONV_WIDTH)
