@@ -26,6 +26,7 @@ RIGHT = "(1, 2, 18, 18) True True\n"
 
 def child(code, *flags, command=(), without=(), **variables):
     "A process with some variables of the environment set, and some missing."
+    without = {*without, "FLASHCONV_EFFECTS", "FORCE_COLOR"}  # a traceback is read below
     environ = {name: value for name, value in os.environ.items() if name not in without}
     return subprocess.run([*command, sys.executable, *flags, "-c", code], capture_output=True,
                           text=True, env=environ | variables)
