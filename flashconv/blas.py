@@ -164,14 +164,20 @@ def _because(reason):
     global _reason
     _reason = reason
 
+# %% ../nbs/10_blas.ipynb #a41c09d2
+def _first():
+    "The routines of the best library here. ValueError if there is none."
+    for _, routines in _usable(): return routines
+    raise ValueError("no library was found that fits")
+
 # %% ../nbs/10_blas.ipynb #26310ca8
 def use(
     library: str,  # a path, a soname, "on" for the first that fits, or "off" for what MLX came with
 ) -> None:
     """Have MLX multiply with `library` from now on, for float32, float64 and complex64.
 
-    Raises `ValueError` naming a library that does not fit, with the ones here that do, and where
-    there is no table to write to: on macOS, where MLX has Apple's.
+    Raises `ValueError` naming a library that does not fit, with the ones here that do, and on
+    macOS, where MLX has Apple's.
     """
     if not isinstance(library, str):
         raise TypeError(f"library must be a str, but got {type(library).__name__}")
@@ -182,10 +188,6 @@ def use(
         raise ValueError(f"{error}. Possible here: {possible}.") from None
     _put(routines)
     _because("use() said so")
-
-def _first():
-    for _, routines in _usable(): return routines
-    raise ValueError("no library was found that fits")
 
 # %% ../nbs/10_blas.ipynb #a8016d5e
 _TUNED = {"openblas_get_num_threads": "OpenBLAS", "scipy_openblas_get_num_threads": "OpenBLAS",
@@ -224,8 +226,7 @@ def load() -> None:
     """Give MLX the BLAS that FLASHCONV_BLAS names as for `use`, or else the first that fits.
 
     Called once, by `import flashconv`, unless FLASHCONV_EFFECTS is "off". Warns where MLX is slow
-    and no library was found. Raises `ValueError` when FLASHCONV_BLAS names a library that does
-    not fit.
+    and no library was found. ValueError if FLASHCONV_BLAS names a library that does not fit.
     """
     named = os.environ.get("FLASHCONV_BLAS", "")
     if named == "off": return _because("FLASHCONV_BLAS=off")

@@ -247,9 +247,10 @@ _MACHINE = {
     "the file of a library": r"\blib[\w.+-]+\.(?:so|dylib|a)\b|\b[\w.-]+\.(?:so|dll|dylib|pyd)\b",
     "a path": r"(?<![\w.:/<~])~?/(?:home|lib|opt|proc|root|tmp|usr|var|Users)\b[\w.+/-]*"
               r"|(?<![\w.:/<~])~?/(?:[\w.+-]+/)+[\w.+-]+|\b[A-Z]:\\\w+|\bsite-packages\b",
-    "a processor": r"(?i)\b(?:Intel|AMD|Apple M\d|Xeon|EPYC|Ryzen|Zen ?\d|Haswell|Broadwell|Skylake\w*"
-                   r"|Cooper ?lake|Ice ?lake|Sapphire ?Rapids|Prescott|Nehalem|Neoverse\w*|Graviton\d?"
-                   r"|Cortex-?\w+|x86_64|amd64|aarch64|arm64|AVX\w*|SSE\d|GeForce|RTX|[AH]\d00)\b",
+    "a processor": r"(?i)\b(?:Intel|AMD|Apple M\d|Xeon|EPYC|Ryzen|Zen ?\d|Haswell|Broadwell|Prescott"
+                   r"|Nehalem|Skylake\w*|Cooper ?lake|Ice ?lake|Sapphire ?Rapids|Neoverse\w*"
+                   r"|Graviton\d?|Cortex-?\w+|x86_64|amd64|aarch64|arm64|AVX\w*|SSE\d|GeForce"
+                   r"|RTX|[AH]\d00)\b",
     "a number of threads": r"\b\d+ (?:threads?|cores?|processors?|CPUs?)\b",
     "a rounding error": r"(?<![\w.=])\d(?:\.\d+)?e[-+]\d\d\b",  # eps=1e-05 is a setting
     "last bits": r"(?<![\w.])-?(?=(?:\d\.?){9})[1-9]\d*\.\d+\b|(?<![\w.])0\.0*[1-9]\d{8,}",

@@ -1,14 +1,15 @@
-"""The tests elsewhere: in other surroundings, on every Python, with the oldest packages, as a wheel.
+"""The tests elsewhere: in other surroundings, on every Python, with the oldest packages.
 
 `make environments`, or `python tools/environments.py bare off 3.12 oldest` for some of it.
 
-Surroundings are what lies around one clone of what is committed and one environment that `make test`
-has made: variables, programs and libraries of the system. In each, `make test` runs the whole suite;
-`TESTS="tests/test_blas.py tests/test_book.py"` runs some of it. `--within bare make test` runs a
-command in surroundings, here.
+Surroundings are what lies around one clone of what is committed and one environment that
+`make test` has made: variables, programs and libraries of the system. In each, `make test` runs
+the whole suite; `TESTS="tests/test_blas.py tests/test_book.py"` runs some of it.
+`python tools/environments.py --within bare make test` runs a command in surroundings, here.
 
-Pythons are looked for on the path and under ~/.pyenv; one that is not there is named and passed over.
-PyTorch judges where its wheels are to be had; `TORCH=` leaves it out on other Pythons than this one.
+Pythons are looked for on the path and under ~/.pyenv; one that is not there is named and passed
+over. PyTorch judges where its wheels are to be had; `TORCH=` leaves it out on Pythons other than
+the one that runs this.
 """
 import ast
 import os
@@ -26,14 +27,16 @@ ROOT = Path(__file__).parents[1]
 TORCH = os.environ.get("TORCH", "torch==2.13.0")
 CORE = [f"tests/test_{name}.py"
         for name in ("layers", "functional", "convert", "lazy", "pad", "transforms")]
-BOOK = [f"tests/test_{name}.py" for name in ("notebooks", "book", "blas", "package", "environments")]
+BOOK = [f"tests/test_{name}.py"
+        for name in ("notebooks", "book", "blas", "package", "environments")]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 # Surroundings --------------------------------------------------------------------------------
 
 # What tells a BLAS, flashconv or a traceback how to be: no surroundings take it from this shell.
-STEERING = ("FLASHCONV_", "OPENBLAS_", "MKL_", "BLIS_", "OMP_", "FORCE_COLOR", "NO_COLOR", "LD_PRELOAD")
+STEERING = ("FLASHCONV_", "OPENBLAS_", "MKL_", "BLIS_", "OMP_", "FORCE_COLOR", "NO_COLOR",
+            "LD_PRELOAD")
 COMPILER = re.compile(r"(.*-)?(cc|c[89]9|gcc|g\+\+|c\+\+|clang|clang\+\+)(-[\d.]+)?")
 
 
