@@ -247,8 +247,8 @@ _MACHINE = {
     "the file of a library": r"\blib[\w.+-]+\.(?:so|dylib|a)\b|\b[\w.-]+\.(?:so|dll|dylib|pyd)\b",
     "a path": r"(?<![\w.:/<~])~?/(?:home|lib|opt|proc|root|tmp|usr|var|Users)\b[\w.+/-]*"
               r"|(?<![\w.:/<~])~?/(?:[\w.+-]+/)+[\w.+-]+|\b[A-Z]:\\\w+|\bsite-packages\b",
-    "a processor": r"(?i)\b(?:Intel|AMD|Apple M\d|Xeon|EPYC|Ryzen|Zen ?\d|Haswell|Broadwell|Prescott"
-                   r"|Nehalem|Skylake\w*|Cooper ?lake|Ice ?lake|Sapphire ?Rapids|Neoverse\w*"
+    "a processor": r"(?i)\b(?:Intel|AMD|Apple M\d|Xeon|EPYC|Ryzen|Zen ?\d|Haswell|Broadwell"
+                   r"|Prescott|Nehalem|Skylake\w*|Cooper ?lake|Ice ?lake|Sapphire ?Rapids|Neoverse\w*"
                    r"|Graviton\d?|Cortex-?\w+|x86_64|amd64|aarch64|arm64|AVX\w*|SSE\d|GeForce"
                    r"|RTX|[AH]\d00)\b",
     "a number of threads": r"\b\d+ (?:threads?|cores?|processors?|CPUs?)\b",
