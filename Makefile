@@ -15,13 +15,14 @@ demo: $(VENV)/demo-installed
 	$(BIN)/python -m flashconv $(PICTURE)
 
 test: $(VENV)/test-installed
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto $(TESTS)
 
 # Up to 3 GB and some minutes: what a size, a length or a number of calls may cost.
 limits: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q -m large
 
-# Every Python, the oldest and the newest of what settings.ini admits, each in an empty environment.
+# Hours: without a compiler, on one core and the like, on every Python, with the oldest packages.
+# `python3 tools/environments.py bare 3.13` is some of it, see there.
 environments:
 	$(PYTHON) tools/environments.py
 

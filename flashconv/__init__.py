@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+import os
+
 from flashconv import blas, functional, memory
 from flashconv.algorithms.choice import algorithm, allow_fft, allow_fft_everywhere
 from flashconv.algorithms.explain import explain, tune
@@ -16,8 +18,13 @@ from flashconv.lazy import (
 from flashconv.transposed import (
     ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _ConvTransposeNd)
 
-blas.load()  # a fast one, on Linux CPUs, whether or not MLX was imported before
-memory.raise_cache_limit()  # on CPUs too
+# What the import does to the process; a library that has flashconv inside can set "off".
+_effects = os.environ.get("FLASHCONV_EFFECTS") or "on"
+if _effects not in ("on", "off"):
+    raise ValueError(f"FLASHCONV_EFFECTS must be on or off, but is {_effects!r}")
+if _effects == "on":
+    blas.load()  # a fast one, on Linux CPUs, whether or not MLX was imported before
+    memory.raise_cache_limit()  # on CPUs too
 
 __all__ = [
     "blas", "functional", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",

@@ -15,7 +15,6 @@ from ctypes import (
     cast, string_at)
 from functools import lru_cache
 from pathlib import Path
-from platform import machine
 from time import perf_counter
 from typing import NamedTuple
 
@@ -135,15 +134,25 @@ _SONAMES = (
     "libopenblas.so.0", "libblis.so.4", "libblis.so.3",
     "libarmpl_lp64_mp.so", "libarmpl_lp64.so", "libarmpl.so")  # Arm Performance Libraries
 
+def _is_intel():
+    "Whether Intel made the processor, as Linux says."
+    try: return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError: return False
+
+# %% ../nbs/10_blas.ipynb #8e27bbef
+def _candidates():
+    "The libraries to try, best first: paths of files that there are, and names for the linker."
+    sites = [Path(entry) for entry in sys.path if entry.endswith("-packages")]
+    def files(pattern): return [str(path) for site in sites for path in site.glob(pattern)]
+    mkl = [str(path) for site in sites
+           for path in sorted(site.parents[1].glob("libmkl_rt.so*"), reverse=True)]
+    others = [*files("scipy_openblas32/lib/libscipy_openblas.so"), *_SONAMES,
+              *files("scipy.libs/libscipy_openblas-*.so")]
+    return [*mkl, *others] if _is_intel() else [*others, *mkl]
+
 def _usable():
     "The libraries here that fit, best first, each with its routines."
-    sites = [Path(entry) for entry in sys.path if entry.endswith("-packages")]
-    wheels = [path for site in sites
-              for path in sorted(site.parents[1].glob("libmkl_rt.so*"), reverse=True)]
-    copies = [path for pattern in ("scipy_openblas32/lib/libscipy_openblas.so",
-                                   "scipy.libs/libscipy_openblas-*.so")
-              for site in sites for path in site.glob(pattern)]
-    for library in (*map(str, wheels), *_SONAMES, *map(str, copies)):
+    for library in _candidates():
         try: yield library, _routines(library)
         except ValueError: continue
 
@@ -155,19 +164,25 @@ def _because(reason):
     global _reason
     _reason = reason
 
+# %% ../nbs/10_blas.ipynb #a41c09d2
+def _first():
+    "The routines of the best library here. ValueError if there is none."
+    for _, routines in _usable(): return routines
+    raise ValueError("no library was found that fits")
+
 # %% ../nbs/10_blas.ipynb #26310ca8
 def use(
-    library: str,  # a path, a soname ("libopenblas.so.0"), or "off" for what MLX came with
+    library: str,  # a path, a soname, "on" for the first that fits, or "off" for what MLX came with
 ) -> None:
     """Have MLX multiply with `library` from now on, for float32, float64 and complex64.
 
-    Raises `ValueError` naming a library that does not fit, with the ones here that do, and where
-    there is no table to write to: on macOS, where MLX has Apple's.
+    Raises `ValueError` naming a library that does not fit, with the ones here that do, and on
+    macOS, where MLX has Apple's.
     """
     if not isinstance(library, str):
         raise TypeError(f"library must be a str, but got {type(library).__name__}")
     if not _slots(): raise ValueError("MLX's BLAS can be replaced on Linux only")
-    try: routines = _own() if library == "off" else _routines(library)
+    try: routines = {"off": _own, "on": _first}.get(library, lambda: _routines(library))()
     except ValueError as error:
         possible = ", ".join(["off", *(name for name, _ in _usable()), "or a path"])
         raise ValueError(f"{error}. Possible here: {possible}.") from None
@@ -208,10 +223,10 @@ def _is_fast(*address):
 
 # %% ../nbs/10_blas.ipynb #58051ef7
 def load() -> None:
-    """Give MLX the BLAS that FLASHCONV_BLAS names ("off" for none), or else the first that fits.
+    """Give MLX the BLAS that FLASHCONV_BLAS names as for `use`, or else the first that fits.
 
-    Called once, by `import flashconv`. Warns where MLX is slow and no library was found. Raises
-    `ValueError` when FLASHCONV_BLAS names a library that does not fit.
+    Called once, by `import flashconv`, unless FLASHCONV_EFFECTS is "off". Warns where MLX is slow
+    and no library was found. ValueError if FLASHCONV_BLAS names a library that does not fit.
     """
     named = os.environ.get("FLASHCONV_BLAS", "")
     if named == "off": return _because("FLASHCONV_BLAS=off")
@@ -229,11 +244,10 @@ def load() -> None:
     warnings.warn(_ADVICE, RuntimeWarning, stacklevel=3)
 
 # %% ../nbs/10_blas.ipynb #3d0c1f6d
-_MKL = ', or pip install "flashconv[mkl]"' if machine() == "x86_64" else ""
 _ADVICE = (
     "MLX multiplies matrices with Netlib's reference BLAS here: 5 GFLOP/s, where a tuned BLAS "
-    "reaches 20 to 60 times that, so convolutions are slow. One line mends it: apt-get install "
-    f'libopenblas0, or pip install "flashconv[openblas]"{_MKL}. FLASHCONV_BLAS=off silences this.')
+    "reaches 20 to 60 times that, so convolutions are slow. One line mends it: pip install "
+    "scipy-openblas32, or apt-get install libopenblas0. FLASHCONV_BLAS=off silences this.")
 
 # %% ../nbs/10_blas.ipynb #a52a15cf
 class Info(NamedTuple):

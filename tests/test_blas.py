@@ -19,7 +19,8 @@ ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM
 
 def run(code, *arguments, **variables):
     "A finished child process. Of our own variables it sees those that are given."
-    env = {name: value for name, value in os.environ.items() if name not in ("FLASHCONV_BLAS", "LD_PRELOAD")}
+    env = {name: value for name, value in os.environ.items()
+           if name not in ("FLASHCONV_BLAS", "FLASHCONV_EFFECTS", "LD_PRELOAD", "FORCE_COLOR")}
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
                           env=env | ONE_THREAD | variables, timeout=300)
 
@@ -198,19 +199,42 @@ print(before == ([slot.value for _, slot in blas._slots()], blas._reason))
 
 @LINUX
 @GCC
-def test_wheels(compiled, tmp_path):
-    "The newest libmkl_rt above site-packages comes first; a wheel beside them comes after the system's libraries."
-    good = compiled("good", fake())
-    site = tmp_path / "lib/python3/site-packages"
+@pytest.mark.parametrize("intel", (True, False))
+def test_order(compiled, tmp_path, intel):
+    "What was installed for this: on Intel's processors MKL, the newest first. Then the system's, then SciPy's."
+    library = compiled("good", fake())
+    site, system = tmp_path / "lib/python3/site-packages", tmp_path / "system"
     wheel = site / "scipy_openblas32/lib/libscipy_openblas.so"
-    wheel.parent.mkdir(parents=True)
-    for path in (wheel, tmp_path / "lib/libmkl_rt.so.2", tmp_path / "lib/libmkl_rt.so.3"): shutil.copy(good, path)
-    code = ("import sys\nsys.path.insert(0, sys.argv[1])\nfrom flashconv import blas\n"
+    scipy = site / "scipy.libs/libscipy_openblas-0.so"
+    mkl = [tmp_path / f"lib/libmkl_rt.so.{version}" for version in (3, 2)]
+    for path in (wheel, scipy, *mkl, system / "libopenblas.so.0"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, path)
+    code = ("import os, sys\nos.environ['FLASHCONV_BLAS'] = 'off'\nfrom flashconv import blas\n"
+            "sys.path, blas._is_intel = [sys.argv[1]], lambda: bool(int(sys.argv[2]))\nblas.use('on')\n"
             "print(blas._owner(blas._slots()[0][1].value))\nfor name, _ in blas._usable(): print(name)")
-    chosen, *found = output(code, site).splitlines()
-    assert chosen == found[0] == str(tmp_path / "lib/libmkl_rt.so.3")
-    assert found[1] == str(tmp_path / "lib/libmkl_rt.so.2") and str(wheel) in found[2:]
-    assert output(code, site, FLASHCONV_BLAS="off").splitlines()[1:] == found
+    chosen, *found = output(code, site, int(intel), LD_LIBRARY_PATH=system).splitlines()
+    others = [str(wheel), "libopenblas.so.0", str(scipy)]
+    found = [name for name in found if name in others or name.startswith(str(tmp_path))]  # of the machine
+    mkl = [str(path) for path in mkl]
+    assert found == ([*mkl, *others] if intel else [*others, *mkl])
+    assert chosen == found[0]
+
+
+@LINUX
+def test_processor():
+    "As the system says."
+    told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    assert blas._is_intel() == ("GenuineIntel" in told)
+
+
+@LINUX
+@SOME
+def test_on():
+    "After off, the first that fits comes back."
+    code = ("from flashconv import blas\nbefore = blas._owner(blas._slots()[0][1].value)\nblas.use('off')\n"
+            "print(blas.fast())\nblas.use('on')\nprint(blas.fast(), before == blas._owner(blas._slots()[0][1].value))")
+    assert output(code) == "False\nTrue True\n"
 
 
 # The warning ---------------------------------------------------------------------------------
@@ -240,16 +264,16 @@ def test_none_found(tmp_path, order):
     assert done.stderr.count("Warning") == 1
     line = 1 + next(i for i, line in enumerate(script.read_text(encoding="utf-8").splitlines()) if "flashconv" in line)
     assert done.stderr.startswith(f"{script}:{line}: RuntimeWarning: MLX multiplies matrices with Netlib's")
-    for word in ("5 GFLOP/s", "apt-get install libopenblas0", 'pip install "flashconv[openblas]"', "FLASHCONV_BLAS=off"):
+    for word in ("5 GFLOP/s", "pip install scipy-openblas32", "apt-get install libopenblas0", "FLASHCONV_BLAS=off"):
         assert word in done.stderr
 
 
 @LINUX
-@pytest.mark.parametrize("machine, named", (("x86_64", True), ("aarch64", False)))
-def test_mkl_is_named_where_it_runs(machine, named):
-    "Intel's wheel is no remedy for an Arm."
-    done = run(f"import platform\nplatform.machine = lambda: {machine!r}\n{HIDE}\nimport flashconv")
-    assert ('pip install "flashconv[mkl]"' in done.stderr) == named
+def test_on_without_any():
+    "Who asks for a fast one by name gets an error where there is none."
+    done = run(f"{HIDE}\nimport flashconv", FLASHCONV_BLAS="on")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == (
+        "ValueError: FLASHCONV_BLAS: no library was found that fits. Possible here: off, or a path.")
 
 
 @LINUX

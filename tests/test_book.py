@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import check_book
-from check_book import CHECKS, problems, process, read_book
+import nbformat
+from check_book import CHECKS, Book, problems, process, read_book
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +47,7 @@ def test_there_are_pages(book):
 # Each check can fail -------------------------------------------------------------------------
 
 PICTURE = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBORw0KGgo="}}
+PATH = {"output_type": "stream", "name": "stdout", "text": "from /usr/lib"}
 FAILURE = {"output_type": "error", "ename": "ValueError", "evalue": "", "traceback": []}
 
 
@@ -68,10 +70,10 @@ def edit(path, old, new):
     return change
 
 
-def add(kind, source, outputs=None):
-    "The change that adds a cell to a page."
+def add(kind, source, outputs=None, folder="_proc"):
+    "The change that adds a cell to a page, or to the notebook that it is made of."
     def change(root):
-        path = root / "_proc" / "01_padding.ipynb"
+        path = root / folder / "01_padding.ipynb"
         nb = json.loads(path.read_text(encoding="utf-8"))
         cell = {"cell_type": kind, "id": "sample", "metadata": {}, "source": source}
         if kind == "code": cell |= {"execution_count": None, "outputs": outputs or []}
@@ -129,6 +131,8 @@ BROKEN = {
     "no caption": (add("code", '#| fig-alt: "A"\nplot()', [PICTURE]), "no fig-cap"),
     "no outputs": (strip_outputs, "no outputs"),
     "a failure": (add("code", "f()", [FAILURE]), "a failure"),
+    "a path in a hidden cell": (add("code", "#| hide\nf()", [PATH], folder="nbs"),
+                                "a path among the outputs: /usr/lib"),
     "a wide line": (add("code", "f(" + "1" * 100 + ")"), "103 columns"),
     "a wide line in the prose": (add("markdown", "~~~sh\n" + "1" * 101 + "\n~~~"), "101 columns"),
     "a link in a signature": (add("code", "f()", markdown(f"```\nf() # [`pad`]({SITE})\n```")),
@@ -145,6 +149,28 @@ def test_finds(broken, change, message):
     "A book that is broken in one place."
     found = broken(change)
     assert any(message in line for line in found), found
+
+
+@pytest.mark.parametrize("text, found", (
+    ("cblas_sgemm is libblas-r0.3.21.so", ["the file of a library", "libblas-r0.3.21.so"]),
+    ("from core.cpython-311-darwin.so", ["the file of a library", "core.cpython-311-darwin.so"]),
+    ("in /usr/lib/x.txt", ["a path", "/usr/lib/x.txt"]), ("'/tmp'", ["a path", "/tmp"]),
+    ("/data/a b", ["a path", "/data/a"]), ("in ~/.cache/x", ["a path", "~/.cache/x"]),
+    ("C:\\Users", ["a path", "C:\\Users"]), ("on a SkylakeX", ["a processor", "SkylakeX"]),
+    ("an H100", ["a processor", "H100"]), ("OpenBLAS, 2 threads", ["a number of threads", "2 threads"]),
+    ("['8e-08']", ["a rounding error", "8e-08"]), ("-1.2e-07", ["a rounding error", "1.2e-07"]),
+    ("10485.7509765625", ["last bits", "10485.7509765625"]),
+    ("[-0.30000001192]", ["last bits", "0.30000001192"]),
+    *((text, []) for text in (
+        "BatchNorm(8, eps=1e-05)", "0.0078125", "(1, 2) mlx.core.float32", "H/2 of N/A, and/or",
+        "https://flashconv.github.io/flashconv/blas.html", "<td>1</td><br/>", "is in libblas",
+        "1000000000", '<img src="data:image/png;base64,AAAA/usr/lib/A0H100=">'))), ids=str)
+def test_what_says_something_of_a_machine(text, found):
+    "And what does not."
+    cell = nbformat.v4.new_code_cell("f()", outputs=[nbformat.v4.new_output("stream", text=text)])
+    book = Book(ROOT, [], None, {"page": nbformat.v4.new_notebook(cells=[cell])})
+    expected = [f"page: {found[0]} among the outputs: {found[1]}"] if found else []
+    assert list(check_book.machine(book)) == expected
 
 
 def bare(x): return x

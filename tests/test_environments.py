@@ -3,8 +3,11 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 # Forward, gradients, compiled; an assertion would be left out by -O.
 LAYERS = """
@@ -26,6 +29,7 @@ RIGHT = "(1, 2, 18, 18) True True\n"
 
 def child(code, *flags, command=(), without=(), **variables):
     "A process with some variables of the environment set, and some missing."
+    without = {*without, "FLASHCONV_EFFECTS", "FORCE_COLOR"}  # a traceback is read below
     environ = {name: value for name, value in os.environ.items() if name not in without}
     return subprocess.run([*command, sys.executable, *flags, "-c", code], capture_output=True,
                           text=True, env=environ | variables)
@@ -110,3 +114,30 @@ def test_mlx_first():
     assert LAYERS.lstrip().startswith(first)
     code = "import flashconv as nn\n" + LAYERS.replace("COMPILED", COMPILE)
     assert prints(code) == RIGHT
+
+
+# The surroundings of `make environments` ------------------------------------------------------
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the surroundings are Linux's")
+@pytest.mark.parametrize("name, code, said", (
+    ("bare", "print(*(key for key in os.environ if key.startswith(('FLASHCONV', 'OPENBLAS'))))", ""),
+    ("bare", "try: ctypes.CDLL('libopenblas.so.0')\nexcept OSError as e: print('short' in str(e))", "True"),
+    ("off", "print(os.environ['FLASHCONV_BLAS'])", "off"),
+    ("haswell", "print(os.environ['OPENBLAS_CORETYPE'])", "Haswell"),
+    ("colour", "print(os.environ['FORCE_COLOR'])", "1"),
+    ("no-compiler", "print(*map(shutil.which, ('cc', 'g++', 'gcc', 'clang', 'c++')))", "None " * 5),
+    ("no-compiler", "print(shutil.which('env') is not None)", "True"),
+    ("one-core", "print(len(os.sched_getaffinity(0)))", "1")))
+def test_surroundings(tmp_path, name, code, said):
+    "What a process finds in them, on a machine that has everything else and every variable set."
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    library = next(line.split()[-1] for line in maps if "/libc.so" in line or "/libc-" in line)
+    (tmp_path / "libopenblas.so.0").symlink_to(library)  # any library will do
+    busy = dict.fromkeys(("FLASHCONV_BLAS", "OPENBLAS_CORETYPE", "FORCE_COLOR"), "mine")
+    environ = os.environ | busy | {"LD_LIBRARY_PATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", "import ctypes; ctypes.CDLL('libopenblas.so.0')"],
+                   env=environ, check=True)  # found here
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "environments.py", "--within", name, sys.executable,
+         "-c", f"import ctypes, os, shutil\n{code}"], capture_output=True, text=True, env=environ)
+    assert (done.returncode, done.stdout.strip()) == (0, said.strip()), done.stderr

@@ -87,13 +87,29 @@ def matplotlib_of(kind, value):
 
 
 def alike(kind, was, is_now):
-    "Whether two PNGs differ by no more than another processor's last bits do to a palette."
+    "Whether two pictures differ by no more than another processor's last bits do."
+    if kind == "image/svg+xml": return alike_svg(was, is_now)
     if kind != "image/png": return False
     try: old, new = (Image.open(BytesIO(base64.b64decode(png))) for png in (was, is_now))
     except UnidentifiedImageError: return False
     if old.size != new.size: return False
     old, new = (np.asarray(picture.convert("RGB"), float) for picture in (old, new))
     return np.abs(old - new).mean() < 1  # of 255
+
+
+NAMED = re.compile(r"\b[mp][0-9a-f]{10}\b")  # by Matplotlib, for a hash of coordinates to the last bit
+PLACE = re.compile(r"(?<![\w.])-?\d+\.\d+")  # in points, cut off after two decimals
+
+
+def alike_svg(was, is_now):
+    "Whether two SVGs have the same parts at the same places, to a fiftieth of a point."
+    shapes, places = [], []
+    for svg in (was, is_now):
+        names = {name: f"name{i}" for i, name in enumerate(dict.fromkeys(NAMED.findall(svg)))}
+        svg = NAMED.sub(lambda found: names[found[0]], svg)
+        shapes.append(PLACE.sub("", svg))
+        places.append([float(place) for place in PLACE.findall(svg)])
+    return shapes[0] == shapes[1] and np.allclose(*places, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=str)
@@ -161,6 +177,16 @@ def test_tells_pictures_apart():
     assert alike("image/png", encoded(grey), encoded(rounded))
     assert not alike("image/png", encoded(grey), encoded(marked))
     assert not alike("image/png", encoded(grey), encoded(grey[:10]))
+
+
+@pytest.mark.parametrize("other, same", (
+    ("M 113.99 2.00 url(#p0123456789) #m0123456789", True), ("M 114.00 2.01 url(#pa) #m0123456789", False),
+    ("M 114.00 2.01 url(#pfedcba9876) #m0123456789", True), ("M 114.10 2.00 url(#p0123456789) #m0123456789", False),
+    ("M 114.00 2.00 url(#p0123456789) #p0123456789", False), ("L 114.00 2.00 url(#p0123456789) #m0123456789", False),
+    ("M 114.00 url(#p0123456789) #m0123456789", False)))
+def test_tells_svgs_apart(other, same):
+    "Another rounding, and names by hashes of it, are no other picture."
+    assert alike("image/svg+xml", "M 114.00 2.00 url(#p0123456789) #m0123456789", other) == same
 
 
 @pytest.mark.parametrize("picture", (svg, png))

@@ -2,6 +2,7 @@
 import ast
 import configparser
 import importlib
+import os
 import pkgutil
 import shutil
 import subprocess
@@ -19,9 +20,11 @@ MODULES = ["flashconv"] + [m.name for m in pkgutil.walk_packages(flashconv.__pat
                            if not m.name.endswith(("__main__", "_modidx"))]
 
 
-def python(code, cwd=None):
-    "What a child process prints."
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
+def python(code, cwd=None, *, flags=(), **variables):
+    "What a child process prints. FLASHCONV_EFFECTS is as given."
+    environ = {name: value for name, value in os.environ.items() if name != "FLASHCONV_EFFECTS"}
+    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True,
+                          cwd=cwd, env=environ | variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,6 +53,75 @@ def test_import_leaves_mlx_alone():
             "def state(): return mx.default_device(), mx.random.state[0].tolist()\n"
             "before = state()\nimport flashconv\nprint(before == state())")
     assert python(code) == "True\n"
+
+
+# What can be seen of a process from inside, after everything that any program with MLX may load.
+PROCESS = """
+import ctypes, os, signal, sys, threading, warnings
+import fastcore.basics, fastcore.meta, mlx.core as mx, mlx.nn, numpy
+def process():
+    limit = mx.set_cache_limit(0)
+    mx.set_cache_limit(limit)
+    libraries, table = set(), []
+    if sys.platform == "linux":
+        lines = open("/proc/self/maps").read().splitlines()
+        libraries = {line.split()[-1] for line in lines if ".so" in line and "cpython" not in line}
+    return dict(
+        limit=limit, libraries=libraries, environment=dict(os.environ), flags=sys.getdlopenflags(),
+        filters=list(warnings.filters), hooks=[sys.excepthook, sys.displayhook, *sys.meta_path],
+        signals=[signal.getsignal(n) for n in signal.valid_signals()],
+        threads=threading.active_count(), device=mx.default_device(), path=list(sys.path),
+        stream=mx.default_stream(mx.cpu), random=mx.random.state[0].tolist(),
+        active=mx.get_active_memory(), numpy=numpy.geterr())
+before = process()
+import flashconv
+after = process()
+changed = [name for name in before if before[name] != after[name]]
+own = flashconv.blas._own() if flashconv.blas._slots() else {}
+if any(slot.value != own[name] for name, slot in flashconv.blas._slots()): changed.append("table")
+print(*changed)
+"""
+
+
+@pytest.mark.parametrize("variables", ({}, {"FLASHCONV_BLAS": "on"}, {"FLASHCONV_BLAS": "/no/such.so"}),
+                         ids=str)
+def test_import_without_effects(variables):
+    "FLASHCONV_EFFECTS=off changes nothing and says nothing, whatever else is set."
+    off = python(PROCESS, flags=("-W", "error"), FLASHCONV_EFFECTS="off", **variables)
+    assert off == "\n"
+
+
+@pytest.mark.skipif(not flashconv.blas._slots(), reason="nothing is changed on macOS but the limit")
+def test_import_with_effects():
+    "What the test above would see otherwise: the limit, and with a fast BLAS the rest."
+    has_one = next(flashconv.blas._usable(), None)
+    changed = python(PROCESS, FLASHCONV_EFFECTS="on", FLASHCONV_BLAS="on" if has_one else "off")
+    assert changed.split() == (["limit", "libraries", "table"] if has_one else ["limit"])
+
+
+EMBEDDED = "import os\nos.environ.setdefault('FLASHCONV_EFFECTS', 'off')\n"
+
+
+@pytest.mark.parametrize("first, variables, is_off", (
+    (EMBEDDED, {}, True), (EMBEDDED, {"FLASHCONV_EFFECTS": "on"}, False),
+    ("import flashconv\n" + EMBEDDED, {}, False), ("", {}, False), ("", {"FLASHCONV_EFFECTS": ""}, False),
+    (EMBEDDED + "import flashconv\nflashconv.memory.raise_cache_limit()\n", {}, False)),
+    ids=("a library", "the user's word", "imported before", "nobody", "empty", "later, by hand"))
+def test_who_decides_on_effects(first, variables, is_off):
+    "A library before the first import, and the user before the library."
+    code = "import flashconv, mlx.core as mx\nprint(mx.set_cache_limit(0))"
+    alone = int(python("import mlx.core as mx\nprint(mx.set_cache_limit(0))"))
+    if alone != flashconv.memory._MLX_LIMIT: pytest.skip("MLX keeps more than that by itself here")
+    limit = int(python(first + code, FLASHCONV_BLAS="off", **variables))
+    assert (limit == alone) == is_off
+
+
+@pytest.mark.parametrize("value", ("OFF", "0", "none"))
+def test_effects_set_wrongly(value):
+    "A misspelt switch is an error that names it."
+    code = "try: import flashconv\nexcept ValueError as error: print(error)"
+    assert python(code, FLASHCONV_EFFECTS=value) == (
+        f"FLASHCONV_EFFECTS must be on or off, but is {value!r}\n")
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -116,6 +116,7 @@ class Book:
     root: Path
     pages: list
     readme: Page
+    notebooks: dict  # as saved, by path: with the cells that nbdev leaves out of their pages
 
     @property
     def settings(self):
@@ -141,7 +142,8 @@ def read_book(root):
     readme.read((root / "README.md").read_text(encoding="utf-8"))
     pages = [read_page(path, folder, root / "nbs" / path.relative_to(folder))
              for path in sorted(folder.rglob("*.ipynb"))]
-    return Book(root, pages, readme)
+    notebooks = {page.path: nbformat.read(root / "nbs" / page.path, as_version=4) for page in pages}
+    return Book(root, pages, readme, notebooks)
 
 
 # Checks --------------------------------------------------------------------------------------
@@ -240,6 +242,38 @@ def outputs(book):
             yield f"{page.path}: a failure among the outputs"
 
 
+# How an output looks that another machine would not give.
+_MACHINE = {
+    "the file of a library": r"\blib[\w.+-]+\.(?:so|dylib|a)\b|\b[\w.-]+\.(?:so|dll|dylib|pyd)\b",
+    "a path": r"(?<![\w.:/<~])~?/(?:home|lib|opt|proc|root|tmp|usr|var|Users)\b[\w.+/-]*"
+              r"|(?<![\w.:/<~])~?/(?:[\w.+-]+/)+[\w.+-]+|\b[A-Z]:\\\w+|\bsite-packages\b",
+    "a processor": r"(?i)\b(?:Intel|AMD|Apple M\d|Xeon|EPYC|Ryzen|Zen ?\d|Haswell|Broadwell"
+                   r"|Prescott|Nehalem|Skylake\w*|Cooper ?lake|Ice ?lake|Sapphire ?Rapids|Neoverse\w*"
+                   r"|Graviton\d?|Cortex-?\w+|x86_64|amd64|aarch64|arm64|AVX\w*|SSE\d|GeForce"
+                   r"|RTX|[AH]\d00)\b",
+    "a number of threads": r"\b\d+ (?:threads?|cores?|processors?|CPUs?)\b",
+    "a rounding error": r"(?<![\w.=])\d(?:\.\d+)?e[-+]\d\d\b",  # eps=1e-05 is a setting
+    "last bits": r"(?<![\w.])-?(?=(?:\d\.?){9})[1-9]\d*\.\d+\b|(?<![\w.])0\.0*[1-9]\d{8,}",
+}
+
+
+def machine(book):
+    "What is saved, in hidden cells too, shows nothing of the machine that it was made on."
+    for path, notebook in book.notebooks.items():
+        for cell in notebook.cells:
+            for text in map(_shown, cell.get("outputs", [])):
+                for what, pattern in _MACHINE.items():
+                    for found in re.finditer(pattern, text):
+                        yield f"{path}: {what} among the outputs: {found[0]}"
+
+
+def _shown(output):
+    "The text of an output, without the pictures and sounds in it."
+    data = output.get("data", {})
+    texts = [output.get("text", ""), *(data[kind] for kind in data if kind.startswith("text/"))]
+    return re.sub(r"data:[\w/+-]+;base64,[\w+/=\s]+", "", "\n".join(texts))
+
+
 def code(book):
     "Code fits into a page, and has no links in it, which nbdev makes of names in backticks."
     for page in [*book.pages, book.readme]:
@@ -300,7 +334,7 @@ def _unexplained(value):
     return [name for name in inspect.signature(value).parameters if not explained.get(name)]
 
 
-CHECKS = (titles, sidebar, links, pictures, outputs, code, leads, names)
+CHECKS = (titles, sidebar, links, pictures, outputs, machine, code, leads, names)
 
 
 def problems(book):
