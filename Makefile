@@ -1,5 +1,5 @@
 # make demo | make test | make fuzz | make limits | make environments | make mutants
-# make bench | make bench-models | make readme | make clean
+# make bench | make bench-models | make export | make readme | make clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,12 +9,14 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo test fuzz limits environments mutants bench bench-models readme clean
+.PHONY: demo test fuzz limits environments mutants bench bench-models export readme clean
 
 demo: $(VENV)/demo-installed
+	-$(BIN)/python -m flashconv build
 	$(BIN)/python -m flashconv $(PICTURE)
 
 test: $(VENV)/test-installed
+	-$(BIN)/python -m flashconv build
 	$(BIN)/python -m pytest -q -n auto $(TESTS)
 
 # Up to 3 GB and some minutes: what a size, a length or a number of calls may cost.
@@ -36,10 +38,17 @@ fuzz: $(VENV)/test-installed
 	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 bench: $(VENV)/bench-installed
+	-$(BIN)/python -m flashconv build
 	$(BIN)/python benchmarks/layers.py $(BENCH)
 
 bench-models: $(VENV)/bench-installed
+	-$(BIN)/python -m flashconv build
 	$(BIN)/python benchmarks/models.py $(BENCH)
+
+# The modules and the C++ that the notebooks hold.
+export: $(VENV)/test-installed
+	PATH="$(abspath $(BIN)):$$PATH" nbdev_export
+	$(BIN)/python tools/export_cpp.py
 
 readme: $(VENV)/test-installed
 	$(BIN)/python tools/readme.py
@@ -51,16 +60,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo-installed: $(METADATA) | $(BIN)/python
-	$(BIN)/python -m pip install -q -e ".[cpu,openblas]"
+	$(BIN)/python -m pip install -q -e ".[cpu]"
 	touch $@
 
 # PyTorch on its own first: the tests judge by this version, whatever newer one there is.
 $(VENV)/test-installed: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[cpu,openblas,dev,torch]"
+	$(BIN)/python -m pip install -q -e ".[cpu,dev,torch]"
 	touch $@
 
 $(VENV)/bench-installed: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[cpu,openblas,torch]"
+	$(BIN)/python -m pip install -q -e ".[cpu,torch]"
 	touch $@

@@ -20,6 +20,7 @@ setup(
     keywords=settings["keywords"].split(),
     license="Apache-2.0",
     packages=find_packages(include=[settings["lib_name"], settings["lib_name"] + ".*"]),
+    package_data={settings["lib_name"] + ".kernels": ["cpp/*.h", "cpp/*.cpp"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={name: settings[name + "_requirements"].split() for name in extras},

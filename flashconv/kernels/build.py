@@ -14,7 +14,6 @@ import sysconfig
 import tempfile
 from contextlib import contextmanager
 from importlib.machinery import ExtensionFileLoader
-from importlib.metadata import version
 from pathlib import Path
 from platform import machine
 from time import monotonic, sleep, time
@@ -36,7 +35,7 @@ def cache_folder() -> Path:
     named = os.environ.get("FLASHCONV_CACHE")
     if named: return Path(named).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "flashconv"
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "flashconv"
 
 
 _ELSEWHERE = "FLASHCONV_CACHE=FOLDER names another one"
@@ -44,6 +43,7 @@ _ELSEWHERE = "FLASHCONV_CACHE=FOLDER names another one"
 
 def _trusted(folder):
     "The folder, made if need be, unless somebody else can put a library there."
+    if not folder.is_absolute(): raise BuildError(f"there is no home directory. {_ELSEWHERE}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -71,9 +71,10 @@ def compiler() -> list:
 
 
 def _nanobind():
-    "Where nanobind's sources lie; None if it is not installed."
-    found = importlib.util.find_spec("nanobind")
-    return Path(found.origin).parent if found else None
+    "nanobind's folder and version; None if it is not installed."
+    try: import nanobind
+    except ImportError: return None
+    return Path(nanobind.__file__).parent, nanobind.__version__
 
 
 def _state(path):
@@ -140,23 +141,27 @@ def kernels(
 
 def glue() -> Library:
     "The primitive and its binding to Python, against the installed MLX."
-    mlx, nanobind = Path(mx.__file__).parent, _nanobind()
-    headers = [sysconfig.get_path("include"), mlx / "include"]
-    if nanobind: headers += nanobind / "include", nanobind / "ext/robin_map/include"
-    places = *(f"-isystem{folder}" for folder in headers), f"{nanobind}/src/nb_combined.cpp", \
-        f"-L{mlx / 'lib'}", "-lmlx"
+    mlx = Path(mx.__file__).parent
+    nanobind, number = _nanobind() or (Path(), None)
+    headers = (sysconfig.get_path("include"), mlx / "include", nanobind / "include",
+               nanobind / "ext/robin_map/include")
+    places = (*(f"-isystem{folder}" for folder in headers), str(nanobind / "src/nb_combined.cpp"),
+              f"-L{mlx / 'lib'}", "-lmlx")
     return Library(
         "glue", tuple(SOURCES / name for name in ("glue.cpp", "call.h", "conv.h", "pool.h")),
-        ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-DNDEBUG"),
+        ("-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-DNDEBUG"),
         (machine(), mx.__version__, _state(mlx / "lib/libmlx.so"), sysconfig.get_config_var("SOABI")),
-        _tools(nanobind and version("nanobind")), places)
+        _tools(number), places)
 
 
 # How -------------------------------------------------------------------------------------------
 
 def _check_tools(library):
     "A `BuildError` that says what is missing."
-    if not compiler(): raise BuildError("there is no C++ compiler: apt-get install g++")
+    if not compiler():
+        named = os.environ.get("CXX")
+        raise BuildError(f"CXX={named} is not there" if named
+                         else "there is no C++ compiler: apt-get install g++")
     if library.name != "glue": return
     if _nanobind() is None: raise BuildError(f"nanobind is not installed: {_install()}")
     python, mlx = Path(sysconfig.get_path("include")), Path(mx.__file__).parent / "include"
@@ -235,7 +240,7 @@ def _smoke(glue_file, kernels_file):
     "A `BuildError` unless a child process convolves with these libraries."
     expected = _tag(mx.__file__)
     if expected and _tag(glue_file) != expected:
-        raise BuildError(f"nanobind {version('nanobind')} does not fit MLX {mx.__version__}: {_install()}")
+        raise BuildError(f"nanobind {_nanobind()[1]} does not fit MLX {mx.__version__}: {_install()}")
     code = f"from flashconv.kernels.build import _try; _try({str(glue_file)!r}, {str(kernels_file)!r})"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "FLASHCONV_KERNELS": "off",
                                 "FLASHCONV_BLAS": "off"}
@@ -246,7 +251,7 @@ def _smoke(glue_file, kernels_file):
         raise BuildError(f"the new libraries don't work: {last}")
 
 
-PATIENCE = 60  # seconds to wait for another process that builds; then both build
+PATIENCE = 120  # seconds to wait for another process that builds; then both build
 
 
 @contextmanager

@@ -13,7 +13,7 @@ def _lines(path):
 def _folders(root):
     "Where Linux keeps the limits of this process: its control groups and those around them."
     for line in _lines(Path(root, "proc/self/cgroup")):
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         if controllers and "cpu" not in controllers.split(","): continue
         mount = Path(root, "sys/fs/cgroup", "cpu" if controllers else "")
         group = mount / path.strip("/")

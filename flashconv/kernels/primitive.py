@@ -61,6 +61,7 @@ def _try(wish):
     global _glue, _files, _reason, call
     from .build import BuildError, libraries, load  # not before a convolution wants them
     from .pool import threads
+    count = threads()  # before anything is compiled, a wrong number is refused
     try:
         files = libraries()
         module = load(*files)
@@ -68,7 +69,7 @@ def _try(wish):
         _reason = str(error)
         if not wish: warnings.warn(_ADVICE.format(_reason), RuntimeWarning, stacklevel=4)
         return
-    module.set_threads(threads())
+    module.set_threads(count)
     _glue, _files, _reason = module, tuple(map(str, files)), "compiled for this machine"
     call = module.convolve
     lend_threads(_in_use())

@@ -529,7 +529,9 @@ NB_MODULE(flashconv_glue, m) {
       }, "x"_a, "w"_a, "bias"_a.none() = nb::none(), "stream"_a = nb::none())
       .def("input_gradient", [](const Layer& self, const mx::array& w, const mx::array& y,
                                 const Lengths& shape, const mx::array* bias, Stream stream) {
-        return call(self, INPUT_GRADIENT, {w, y}, bias, as_shape(shape), stream);
+        auto x = call(self, INPUT_GRADIENT, {w, y}, bias, as_shape(shape), stream);
+        if (x.shape() != as_shape(shape)) refuse("shape must be ", x.shape(), " here");
+        return x;
       }, "w"_a, "y"_a, "shape"_a, "bias"_a.none() = nb::none(), "stream"_a = nb::none())
       .def("weight_gradient", [](const Layer& self, const mx::array& x, const mx::array& y,
                                  const Lengths& shape, Stream stream) {
