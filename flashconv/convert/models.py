@@ -630,15 +630,23 @@ def adopt(self: _Walk, ours, theirs, path, row, known, taken=(), layers=None, is
         layers = self.children(theirs, path)
         self.seen, self.flow = before
     for name, layer in layers.items():
-        child = theirs._modules[name]
-        problem = _misnomer(ours, name, child is not None and not name.startswith("_"), is_own)
-        row.reasons += [problem] if problem else self.unreached(name, child)
-        if problem: continue
-        (vars(ours) if child is None else ours)[name] = layer
-        ours._no_grad.update(key for key, p in self.loose(child, name) if not p.requires_grad)
+        row.reasons += self.hold(ours, name, layer, theirs._modules[name], is_own)
     ours._training = theirs.training
     self.pending.append((ours, theirs, known, path, row, is_own))
 
+@patch
+def hold(self: _Walk, ours, name, layer, child, is_own):
+    "Give `ours` a layer, a list or a dict. Yields what stands in the way."
+    problem = _misnomer(ours, name, child is not None and not name.startswith("_"), is_own)
+    if problem: yield problem
+    else: (vars(ours) if child is None else ours)[name] = layer
+    yield from self.unreached(name, child)
+    trainable = {p.requires_grad for p in self.loose(child)}
+    values = self.torch.nn.ParameterList, self.torch.nn.ParameterDict
+    if trainable == {False} and isinstance(child, values): ours._no_grad.add(name)
+    elif False in trainable: yield f"its {name} has frozen and other parameters, and MLX freezes all"
+
+# %% ../../nbs/13_models.ipynb #48f6bbb2
 @patch
 def unreached(self: _Walk, name, child):
     "Refuse a child that `parameters()` of MLX would not reach."
@@ -647,13 +655,12 @@ def unreached(self: _Walk, name, child):
         yield f"its {name} begins with an underscore, and parameters() of MLX leaves that out"
 
 @patch
-def loose(self: _Walk, child, name):
-    "The parameters in a list or dict of them, or in one of those: (key, parameter)."
+def loose(self: _Walk, child):
+    "The parameters in a list or dict, for which no layer stands."
     torch = self.torch.nn
-    if isinstance(child, (torch.ParameterList, torch.ParameterDict)):
-        for key, parameter in child.named_parameters(): yield f"{name}.{key}", parameter
+    if isinstance(child, (torch.ParameterList, torch.ParameterDict)): yield from child.parameters()
     if isinstance(child, (torch.ModuleList, torch.ModuleDict)):
-        for key, item in child.named_children(): yield from self.loose(item, f"{name}.{key}")
+        for item in child.children(): yield from self.loose(item)
 
 # %% ../../nbs/13_models.ipynb #19425bab
 _PASS = {"Identity", "Dropout", "Dropout2d", "Dropout3d"}
