@@ -9,6 +9,7 @@ __all__ = ['from_torch', 'to_torch', 'from_mlx', 'to_mlx']
 import copy
 import inspect
 import sys
+from types import MethodType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,13 +48,19 @@ def _between(cls, known):
     "The classes that `cls` adds to `known`."
     return [base for base in cls.__mro__ if base not in known.__mro__]
 
+def _sets(known):
+    "The attributes that a class of PyTorch's says that it sets."
+    return {name for cls in known.__mro__ for name in
+            (*vars(cls).get("__constants__", ()), *getattr(cls, "__annotations__", ()))}
+
+# %% ../../nbs/08_convert.ipynb #6f0b5059
 def _replaced(layer, known):
     "What a subclass of `known`, or `layer` by itself, has replaced."
     classes = _between(type(layer), known)
     if hasattr(layer, "parametrizations"): classes = classes[1:]  # a class that PyTorch made
-    tensors = {*vars(layer).get("_parameters", ()), *vars(layer).get("_buffers", ())}
-    names = [name for cls in classes for name in vars(cls)
-             if name in tensors or (hasattr(known, name) and name not in _HARMLESS)]
+    names = [name for cls in classes for name, value in vars(cls).items()
+             if name not in _HARMLESS and (hasattr(known, name) or (
+                 name in _sets(known) and hasattr(value, "__get__")))]
     names += [name for name in vars(layer) if callable(getattr(known, name, None))]
     for name in dict.fromkeys(names):
         if not name.startswith("__") or name in _COMPUTES:
@@ -199,10 +206,8 @@ def _fill(ours, theirs, names, is_own=False):
 # %% ../../nbs/08_convert.ipynb #c49ce1e3
 def _attributes(theirs, known, torch):
     "What `theirs` has besides tensors, modules and what the class `known` sets: name -> value."
-    own = {"_load_hook", "_initialize_hook", *vars(torch.nn.Module()), *theirs._parameters,
-           *theirs._buffers, *theirs._modules}
-    for cls in known.__mro__:
-        own.update(vars(cls).get("__constants__", ()), getattr(cls, "__annotations__", ()))
+    own = {"_load_hook", "_initialize_hook", *vars(torch.nn.Module()), *_sets(known),
+           *theirs._parameters, *theirs._buffers, *theirs._modules}
     constants = {name: value for cls in reversed(_between(type(theirs), known))
                  for name, value in vars(cls).items() if not name.startswith("_")
                  and not callable(value) and not hasattr(value, "__get__")}
@@ -296,13 +301,23 @@ def _hang_attributes(ours, theirs, known, memory, convert, path="", is_own=False
 
         def translate(item):
             if isinstance(item, torch.nn.Module): return convert(item, where)
+            if isinstance(item, MethodType): return _method(item, convert, where)
             if shared := memory.shared(item, where, False):
                 raise ValueError(f"it holds {shared[0]}, and a copy would not follow that")
             if (array := _as_array(item)) is not None: return array
             raise ValueError(f"it holds a {item.dtype} that can't be an array of MLX")
-        try: value = _mapped(value, (torch.Tensor, torch.nn.Module), translate)
+        try: value = _mapped(value, (torch.Tensor, torch.nn.Module, MethodType), translate)
         except (TypeError, ValueError) as error: yield f"its {name} can't come along: {error}"
         else: yield from _hang(ours, name, value, is_own)
+
+# %% ../../nbs/08_convert.ipynb #02b9fb4f
+def _method(method, convert, where):
+    "The method of the same name of what a module became."
+    if not isinstance(method.__self__, sys.modules["torch"].nn.Module): return method
+    ours = convert(method.__self__, where)
+    found = getattr(ours, method.__name__, None)
+    if callable(found): return found
+    raise ValueError(f"it is the method {method.__name__}, which {type(ours).__name__} lacks")
 
 # %% ../../nbs/08_convert.ipynb #5b592a75
 def _same(saved, tensor):

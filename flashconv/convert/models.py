@@ -548,7 +548,8 @@ def own(self: _Walk, theirs, path, row):
     if (bare := self.bare_for(cls, theirs)) is not None:
         dict.update(ours, bare)
         vars(ours).update(vars(bare))
-        known, taken = self.known(theirs), [name for name in ("weight", "bias") if hasattr(bare, name)]
+        known = self.known(theirs)
+        if isinstance(bare, _ConvNd): taken = ("weight", "bias")
     layers = self.children(theirs, path)
     if issubclass(cls, nn.Sequential):
         if list(layers) != list(map(str, range(len(layers)))):
@@ -561,16 +562,17 @@ def own(self: _Walk, theirs, path, row):
 # %% ../../nbs/13_models.ipynb #9e411097
 @patch
 def bare_for(self: _Walk, cls, theirs):
-    "The layer here that `theirs` would be without its forward, if `cls` is a subclass of that's."
+    "The layer here that `theirs` would be without its forward, if `cls` is of that kind."
     if (known := self.known(theirs)) is None: return None
-    equal = _EQUALS.get(known.__name__)
-    if known.__name__ in _OURS and issubclass(cls, _ConvNd):
-        return _bare(theirs, known, self.data_format)
-    if equal and isinstance(equal.cls, type) and issubclass(cls, equal.cls):
-        return self.instance(equal, theirs)
+    if known.__name__ in _OURS:
+        return _bare(theirs, known, self.data_format) if issubclass(cls, _ConvNd) else None
+    equal = getattr(_EQUALS.get(known.__name__), "cls", None)
+    common = {*cls.__mro__} & {*getattr(equal, "__mro__", ())} - {*nn.Module.__mro__}
+    return self.instance(_EQUALS[known.__name__], theirs) if common else None
 
 @patch
 def instance(self: _Walk, equal, theirs):
+    "The layer that stands for `theirs`, without its tensors."
     arguments = equal.arguments(theirs)
     if issubclass(equal.cls, _Formatted): arguments["data_format"] = self.data_format
     return equal.cls(**arguments)
