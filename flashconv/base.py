@@ -127,14 +127,9 @@ def _parameter_dtype(dtype):
 
 # %% ../nbs/04_base.ipynb #264907d1
 @patch
-def state_dict(
-    self: _ConvNd,
-    prefix: str = "",  # put in front of each name
-) -> dict:  # name -> array: `weight`, and `bias` where there is one
-    "The parameters by PyTorch's names. The arrays are the layer's own."
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix must be a str, but got {type(prefix).__name__}")
-    return {prefix + name: self[name] for name in ("weight", "bias") if name in self}
+def _drawn(self: _ConvNd):
+    "The parameters that are drawn at random."
+    return {name: self[name] for name in ("weight", "bias") if name in self}
 
 # %% ../nbs/04_base.ipynb #f729eee2
 def _uniform(shape, dtype, bound):
@@ -147,7 +142,7 @@ def _uniform(shape, dtype, bound):
 @patch
 def reset_parameters(self: _ConvNd) -> None:
     "Draw weight and bias anew, as PyTorch does: U(-b, b), b = 1/sqrt(shape[1] * prod(kernel))."
-    self._draw({name: (value.shape, value.dtype) for name, value in self.state_dict().items()},
+    self._draw({name: (value.shape, value.dtype) for name, value in self._drawn().items()},
                self.weight.shape)
 
 # %% ../nbs/04_base.ipynb #9d23df1f
@@ -185,6 +180,81 @@ def extra_repr(self: _ConvNd) -> str:
 @patch
 def _extra_repr(self: _ConvNd): return self.extra_repr()
 
+# %% ../nbs/04_base.ipynb #2f62ec47
+class _Place(NamedTuple):
+    "Where a model keeps an array."
+    holder: dict | list  # a module is a dict
+    key: str | int
+    layer: nn.Module  # the module to which it belongs
+
+    @property
+    def array(self): return self.holder[self.key]
+
+    def put(self, array): self.holder[self.key] = array
+
+# %% ../nbs/04_base.ipynb #c74009b8
+_UNNAMED = {nn.Sequential: "layers"}  # the attribute that PyTorch's names leave out
+
+def _places(holder, prefix="", layer=None):
+    "The arrays in a model's state, by PyTorch's names: (name, place)."
+    if isinstance(holder, nn.Module): layer = holder
+    unnamed = next((name for cls, name in _UNNAMED.items() if isinstance(layer, cls)), None)
+    left_out = vars(layer).get("_non_persistent", ())
+    pairs = enumerate(holder) if isinstance(holder, list) else dict.items(holder)
+    for key, value in pairs:
+        if holder is layer and (key.startswith("_") or key in left_out): continue
+        name = prefix if holder is layer and key == unnamed else f"{prefix}{key}."
+        if isinstance(value, mx.array): yield name[:-1], _Place(holder, key, layer)
+        elif isinstance(value, (dict, list)): yield from _places(value, name, layer)
+
+# %% ../nbs/04_base.ipynb #ecd841d9
+def _state_places(model):
+    "The arrays in a model's state: name -> place. Refuses a name that two arrays would have."
+    pairs = list(_places(model))
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RuntimeError(f"the model has more than one array called {', '.join(twice)}")
+    return dict(pairs)
+
+# %% ../nbs/04_base.ipynb #3f05f251
+_AXIS = {nn.Conv1d: 1, nn.Conv2d: 1, nn.Conv3d: 1, nn.Bilinear: 1,
+         nn.ConvTranspose1d: 0, nn.ConvTranspose2d: 0, nn.ConvTranspose3d: 0}
+
+def _mlx_axis(layer):
+    "The axis of PyTorch's weight that MLX keeps last; None where it keeps them all."
+    if isinstance(layer, _ConvNd): return 0 if layer.transposed else 1
+    return next((axis for cls, axis in _AXIS.items() if isinstance(layer, cls)), None)
+
+def _moved(place):
+    "The axis of PyTorch's array that is the last one in this place; None where none has moved."
+    if place.key == "weight" and not isinstance(place.layer, _ConvNd): return _mlx_axis(place.layer)
+
+# %% ../nbs/04_base.ipynb #8cd0b7eb
+def _move(array, source, destination):
+    on = mx.cpu if array.dtype == mx.float64 else None
+    return mx.moveaxis(array, source, destination, stream=on)
+
+def _to_place(array, place):
+    "An array in PyTorch's layout, in that of its place."
+    axis = _moved(place)
+    return array if axis is None else _move(array, axis, -1)
+
+def _from_place(place):
+    "The array in this place, in PyTorch's layout."
+    axis = _moved(place)
+    return place.array if axis is None else _move(place.array, -1, axis)
+
+# %% ../nbs/04_base.ipynb #6991414b
+@patch
+def state_dict(
+    self: _ConvNd,
+    prefix: str = "",  # put in front of each name
+) -> dict:  # name -> array: `weight`, `bias` where there is one, and what a subclass adds
+    "The state by PyTorch's names. The arrays are the layer's own."
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a str, but got {type(prefix).__name__}")
+    return {prefix + name: _from_place(place) for name, place in _state_places(self).items()}
+
 # %% ../nbs/04_base.ipynb #2f420614
 class IncompatibleKeys(NamedTuple):
     "What `load_state_dict` found, as in PyTorch."
@@ -204,10 +274,10 @@ def load_state_dict(
     strict: bool = True,  # whether missing and unexpected names are errors
     assign: bool = False,  # whether arrays keep their dtype instead of taking the layer's
 ) -> IncompatibleKeys:  # names that were missing or unexpected
-    "Take parameters from a state, all or none. RuntimeError lists everything that does not fit."
+    "Take arrays from a state, all or none. RuntimeError lists everything that does not fit."
     if not hasattr(state_dict, "items"):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.")
-    mine = self.state_dict()
+    mine = _state_places(self)
     keys = IncompatibleKeys([name for name in mine if name not in state_dict],
                             [name for name in state_dict if name not in mine])
     present = {name: value for name, value in state_dict.items() if name in mine}
@@ -217,7 +287,8 @@ def load_state_dict(
         raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for "
                                         f"{type(self).__name__}:", *errors]))
     for name, value in present.items():
-        self[name] = value if assign else value.astype(mine[name].dtype)
+        place = mine[name]
+        place.put(_to_place(value if assign else value.astype(place.array.dtype), place))
     return keys
 
 # %% ../nbs/04_base.ipynb #2e825c39
@@ -231,8 +302,8 @@ def _key_errors(keys):
 # %% ../nbs/04_base.ipynb #ad157c36
 @patch
 def _misfit(self: _ConvNd, name, value):
-    "Why `value` can't become the parameter `name`; None if it can."
-    mine = self[name]
+    "Why `value` can't become the array `name`; None if it can."
+    mine = _from_place(_state_places(self)[name])
     if not isinstance(value, mx.array):
         return (f'While copying the parameter named "{name}", expected mlx.core.array from '
                 f"checkpoint but received {type(value)}")

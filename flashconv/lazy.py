@@ -116,7 +116,7 @@ def initialize_parameters(
         raise ValueError("in_channels must be divisible by groups, but got in_channels="
                          f"{channels} groups={self.groups}")
     shapes = {"weight": self._weight_shape(channels), "bias": (self.out_channels,)}
-    state = self.state_dict()
+    state = self._drawn()
     waiting = {name: (shapes[name], value.dtype) for name, value in state.items()
                if type(value) is UninitializedParameter}
     self._draw(waiting, shapes["weight"])
@@ -163,7 +163,7 @@ def filter_and_map(self: _Lazy, filter_fn, map_fn=None, is_leaf_fn=None) -> dict
 def _misfit(self: _Lazy, name, value):
     "Why `value` can't become the parameter `name`; None if it can."
     if type(value) is UninitializedParameter: return None
-    if not isinstance(value, mx.array) or type(self[name]) is not UninitializedParameter:
+    if not isinstance(value, mx.array) or type(self.get(name)) is not UninitializedParameter:
         return _ConvNd._misfit(self, name, value)
     if name == "bias": channels, wanted = None, (self.out_channels,)
     else:

@@ -3,7 +3,9 @@
 PyTorch is the judge where it is installed. What `to_mlx` refuses because MLX is wrong is compared
 with MLX itself, so that a skipped test says when MLX has been mended.
 """
+import copy
 import itertools
+import pickle
 import subprocess
 import sys
 from functools import partial
@@ -578,6 +580,72 @@ def test_subclasses_of_ours_and_mlx(convert, base):
     changed = Plain()
     changed._conv_forward = lambda input, weight, bias: input
     with pytest.raises(ValueError, match="it replaces _conv_forward"): convert(changed)
+
+
+def additions(layer, torch):
+    "Adds one of each kind to a layer of PyTorch's."
+    layer.scale = torch.nn.Parameter(torch.ones(1))
+    layer.fixed = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    layer.register_buffer("mask", torch.tensor([True, False]))
+    layer.register_buffer("window", torch.arange(3), persistent=False)
+    layer.register_parameter("shift", None)
+    layer.i, layer.f, layer._note, layer.table = 4, [-1, (6,)], "text", {"a": [torch.ones(2)]}
+    return layer
+
+
+@needs_torch
+@pytest.mark.parametrize("name", FULL + LAZY)
+def test_additions_there_and_back(name):
+    "What was added is there, in the state exactly where PyTorch has it, and comes back as it was."
+    theirs = additions(theirs_of(name)(*(2,) * (not name.startswith("Lazy")), 2, 1), torch)
+    state = theirs.state_dict()
+    ours = from_torch(theirs)
+    assert list(ours.state_dict()) == list(state) == ["weight", "bias", "scale", "fixed", "mask"]
+    assert (ours.i, ours.f, ours._note, ours.shift) == (4, [-1, (6,)], "text", None)
+    assert ours.f is not theirs.f and ours.window.tolist() == [0, 1, 2]
+    assert ours.table["a"][0].tolist() == [1, 1]
+    back = to_torch(ours)
+    assert list(back.state_dict()) == list(state) and set(dict(back.named_buffers())) == {"mask", "window"}
+    assert {n: p.requires_grad for n, p in back.named_parameters()} == {
+        n: p.requires_grad for n, p in theirs.named_parameters()}
+    assert back._non_persistent_buffers_set == {"window"} and back.mask.dtype == torch.bool
+    assert (back.i, back.f, back._note, back.shift) == (4, [-1, (6,)], "text", None)
+    assert torch.equal(back.table["a"][0], torch.ones(2))
+    ours(mx.ones((1, 2, *(4,) * int(name[-2]))))
+    assert sorted(ours.trainable_parameters()) == ["bias", "scale", "weight"]
+    assert sorted(ours.unfreeze().trainable_parameters()) == ["bias", "fixed", "scale", "weight"]
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert state_bits(copied) == state_bits(ours) and copied.i == 4
+        assert sorted(copied.unfreeze().trainable_parameters()) == ["bias", "fixed", "scale", "weight"]
+
+
+@needs_torch
+def test_additions_in_the_way():
+    "All of them in one error."
+    theirs = torch.nn.Conv1d(1, 1, 1)
+    theirs.norm, theirs.keys, theirs.twin = torch.nn.Tanh(), 3, theirs.weight
+    theirs.ref, theirs.inside, theirs.device = [theirs.weight], [torch.nn.Tanh()], "cuda"
+    theirs.register_buffer("_hidden", torch.ones(1))
+    with pytest.raises(ValueError) as error: from_torch(theirs)
+    for part in ("its norm is a layer", "its keys has a name", "its twin is also weight",
+                 "its ref can't come along: it holds weight", "its inside can't come along",
+                 "its device is something else", "its _hidden begins"):
+        assert part in str(error.value), part
+    ours = flashconv.Conv1d(1, 1, 1)
+    ours.norm, ours.several, ours.forward = nn.BatchNorm(1), [mx.ones(1)], 3
+    with pytest.raises(ValueError) as error: to_torch(ours)
+    for part in ("its norm holds layers", "its several is a list of arrays", "its forward is something"):
+        assert part in str(error.value), part
+
+
+@needs_torch
+def test_redrawing_leaves_additions():
+    "reset_parameters draws weight and bias."
+    ours = from_torch(additions(torch.nn.Conv1d(1, 1, 1), torch))
+    before = state_bits(ours)
+    ours.reset_parameters()
+    after = state_bits(ours)
+    assert [name for name in before if before[name] != after[name]] == ["weight", "bias"]
 
 
 @needs_torch

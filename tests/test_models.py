@@ -169,14 +169,14 @@ def test_last_axis(layers, fits):
 
 
 class Both(T.Module):
-    "Two branches, a parameter, a buffer and plain attributes."
+    "Two branches, a parameter, a buffer and attributes."
     def __init__(self, twice=True):
         super().__init__()
         self.branches = T.ModuleList([T.Conv2d(3, 3, 3, padding=1), T.Identity()])
         self.named = T.ModuleDict({"norm": T.BatchNorm2d(3)})
         self.gain = T.Parameter(torch.tensor(1.5))
         self.register_buffer("shift", torch.tensor([0.5]))
-        self.absent, self.twice, self.note = None, twice, {"not": "copied"}
+        self.absent, self.twice, self.note = None, twice, {"a": ["copy"]}
 
     def forward(self, x):
         y = sum(branch(x) for branch in self.branches)
@@ -198,10 +198,11 @@ class Unknown(Both): pass
 def test_own_classes(data_format):
     theirs = T.Sequential(Both(), Both(False))
     ours = same(theirs, (2, 3, 4, 4), data_format, {Both: OurBoth})
-    assert ours.layers[0].absent is None and "note" not in vars(ours.layers[0])
+    assert ours.layers[0].absent is None and ours.layers[0].note == {"a": ["copy"]}
+    theirs[0].note["a"].append("changed later")
+    assert ours.layers[0].note == {"a": ["copy"]}
     assert flashconv.load_torch_state(ours, theirs.state_dict()) == ([], [])
-    names = [name for name in theirs.state_dict() if not name.endswith("num_batches_tracked")]
-    assert sorted(flashconv.to_torch_state(ours)) == sorted(names)
+    assert list(flashconv.to_torch_state(ours)) == list(theirs.state_dict())
     assert "shift" not in ours.layers[0].trainable_parameters()
     with pytest.raises(ValueError, match=r"(?s)1 of \d+ layers.*1: Unknown: no equal is known"):
         flashconv.convert_model(T.Sequential(Both(), Unknown()), modules={Both: OurBoth})
@@ -237,8 +238,17 @@ def test_what_changes_a_layer_is_refused():
     normed = torch.nn.utils.parametrizations.weight_norm(T.Linear(1, 1))
     whole = T.Sequential(T.ReLU())
     whole.register_forward_pre_hook(lambda layer, x: None)
+    class Frozen(T.BatchNorm2d):
+        def train(self, mode=True): return super().train(False)
+    class Standard(T.Linear):
+        def __init__(self):
+            super().__init__(1, 1)
+            self.raw = self._parameters.pop("weight")
+        @property
+        def weight(self): return self.raw / 2
     for theirs, reason in ((Halved(1, 1), "no equal"), (hooked, "has the hook"),
-                           (patched, "no equal"), (normed, "parametrized"), (whole, "hook")):
+                           (patched, "no equal"), (normed, "parametrized"), (whole, "hook"),
+                           (Frozen(1), "replaces train"), (Standard(), "replaces weight")):
         with pytest.raises(ValueError, match=reason): flashconv.convert_model(theirs)
     class Named(T.Linear): pass
     assert type(flashconv.convert_model(Named(2, 3))) is nn.Linear
@@ -307,3 +317,167 @@ def test_no_module(model):
     ({"modules": [Both]}, TypeError, "modules")], ids=("format", "None", "torch", "function", "list"))
 def test_bad_arguments(keywords, error, message):
     with pytest.raises(error, match=message): flashconv.convert_model(T.ReLU(), **keywords)
+
+
+# What stands in the way is said
+
+class Passing(T.Module):
+    "A block whose skip connection carries what its layers have done to their input."
+    def __init__(self, *layers):
+        super().__init__()
+        self.body = T.Sequential(*layers)
+
+    def forward(self, x): return (self.body(x).flatten(1) + x.flatten(1)) * 2
+
+
+class OurPassing(nn.Module):
+    def __call__(self, x): return (self.body(x).flatten(1) + x.flatten(1)) * 2
+
+
+@pytest.mark.parametrize("layers", [
+    lambda: [T.ReLU(inplace=True), T.Conv2d(2, 2, 1)], lambda: [T.ELU(inplace=True)],
+    lambda: [T.Identity(), T.Dropout(0.5), T.LeakyReLU(0.3, inplace=True), T.Conv2d(2, 2, 1)],
+    lambda: [T.Sequential(T.Sequential(), T.Hardtanh(inplace=True)), T.BatchNorm2d(2)],
+    lambda: [T.Conv2d(2, 2, 1), T.ReLU(inplace=True)], lambda: [T.Dropout2d(0.5, inplace=True)],
+    lambda: (lambda act: [T.Conv2d(2, 2, 1), act, Passing(act, T.Conv2d(2, 2, 1))])(T.SELU(inplace=True))])
+def test_in_place(layers):
+    "The block gives what it gives in PyTorch, and what happens to its input happens here."
+    theirs = T.Sequential(T.Conv2d(2, 2, 1), Passing(*layers())).eval()
+    if isinstance(theirs[1].body[-1], Passing): theirs[1].body.append(T.Unflatten(1, (2, 3, 4)))
+    ours = flashconv.convert_model(theirs, modules={Passing: OurPassing})
+    x = np.random.default_rng(0).standard_normal((1, 2, 3, 4)).astype(np.float32)
+    right = theirs(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(np.array(ours(mx.array(x))), right, 1e-5, 1e-5)
+    np.testing.assert_allclose(np.array(mx.compile(ours)(mx.array(x))), right, 1e-5, 1e-5)
+
+
+def test_in_place_where_nobody_sees_it():
+    "Behind a layer that makes something new an activation stays MLX's."
+    ours = flashconv.convert_model(T.Sequential(T.Conv1d(1, 1, 1), T.ReLU(inplace=True),
+                                                T.ReLU(inplace=True)))
+    assert [type(layer) for layer in ours.layers[1:]] == [nn.ReLU, nn.ReLU]
+    report = flashconv.conversion_report(T.Sequential(T.ReLU(inplace=True)))
+    assert report[0].ours == "flashconv.InPlace(mlx.nn.ReLU)"
+
+
+class Saves(T.Linear):
+    def get_extra_state(self): return {"a": 1}
+    def set_extra_state(self, state): pass
+
+
+def adorned(layer, /, **attributes):
+    "A layer with attributes, of which tensors are buffers."
+    for name, value in attributes.items():
+        if type(value) is torch.Tensor: layer.register_buffer(name, value)
+        else: setattr(layer, name, value)
+    return layer
+
+
+def hooked(layer):
+    layer._register_state_dict_hook(lambda module, state, prefix, _: state.update({prefix + "z": 1}))
+    return layer
+
+
+def two_that_share(make):
+    "Two layers with what `make` gives for each in turn."
+    first, second = T.Linear(4, 4), T.BatchNorm1d(4)
+    make(first, second)
+    return T.Sequential(first, second)
+
+
+OBSTACLES = {
+    "wrapped": (lambda: torch.compile(T.Sequential(T.Tanh())), "convert model._orig_mod"),
+    "wrapped inside": (lambda: T.Sequential(T.DataParallel(T.Tanh())), "put model.0.module in its place"),
+    "averaged": (lambda: torch.optim.swa_utils.AveragedModel(T.Tanh()), "convert model.module"),
+    "extra state": (lambda: T.Sequential(Saves(1, 1)), "has 0._extra_state"),
+    "state hook": (lambda: T.Sequential(hooked(T.Linear(1, 1))), "has 0.z"),
+    "method": (lambda: adorned(T.Linear(1, 1), update=3), "its update has a name"),
+    "parameter": (lambda: adorned(T.Conv1d(1, 1, 1), keys=T.Parameter(torch.ones(1))), "its keys has"),
+    "underscore": (lambda: adorned(T.Conv1d(1, 1, 1), _hidden=torch.ones(1)), "its _hidden begins"),
+    "child": (lambda: T.Sequential(adorned(T.Tanh(), _deep=T.Linear(1, 1))), "its _deep begins"),
+    "ours": (lambda: adorned(T.Conv1d(1, 1, 1), data_format="NCL"), "its data_format is something else"),
+    "wrapper's": (lambda: adorned(T.BatchNorm1d(1), layer=3), "its layer is something else"),
+    "list": (lambda: adorned(T.Sequential(), layers=T.Parameter(torch.ones(1))), "its layers"),
+    "on a list": (lambda: T.Sequential(adorned(T.Tanh(), some=adorned(T.ModuleList(), gain=torch.ones(1)))),
+                  "its gain would be lost"),
+    "complex128": (lambda: adorned(T.Linear(1, 1), a=torch.ones(1, dtype=torch.complex128)), "its a is no"),
+    "sparse": (lambda: adorned(T.Linear(1, 1), a=torch.eye(2).to_sparse()), "its a is no dense"),
+    "attribute": (lambda: adorned(T.Tanh(), a=[torch.eye(2).to_sparse()]), "its a can't come along"),
+    "itself twice": (lambda: (lambda layer: adorned(layer, a=layer.weight))(T.Linear(1, 1)), "its a is also weight"),
+    "view": (lambda: two_that_share(lambda a, b: setattr(b, "weight", T.Parameter(a.weight.data[0]))),
+             "its weight is also 0.weight"),
+    "buffer": (lambda: two_that_share(lambda a, b: b.register_buffer("w", a.bias.detach())), "its w is also"),
+    "in a list": (lambda: two_that_share(lambda a, b: setattr(b, "ref", [a.weight])), "it holds 0.weight"),
+    "flattened": (lambda: T.Sequential(Passing(T.Flatten(), T.ReLU(inplace=True))), "what was flattened"),
+    "mixed list": (lambda: Passing(adorned(T.Tanh(), p=T.ParameterList(
+        [torch.ones(1), T.Parameter(torch.ones(1), False)]))), "its p has frozen and other"),
+    "method of a layer": (lambda: (lambda layer: adorned(layer, act=layer.extra_repr))(T.Linear(1, 1)),
+                          "method extra_repr"),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_obstacles(name):
+    "Each is named, by the report too, and the module stays as it was."
+    make, words = OBSTACLES[name]
+    theirs, modules = make(), {Passing: OurPassing}
+    before = copy.copy(vars(theirs))
+    with pytest.raises(ValueError) as error: flashconv.convert_model(theirs, modules=modules)
+    assert words in str(error.value)
+    assert words in repr(flashconv.conversion_report(theirs, modules=modules))
+    assert vars(theirs) == before
+
+
+def test_masks_may_be_shared():
+    "A buffer that nothing changes is copied for each layer that has it."
+    mask = torch.ones(3)
+    theirs = T.Sequential(adorned(T.Linear(1, 1), mask=mask), adorned(T.Linear(1, 1), mask=mask))
+    assert list(flashconv.to_torch_state(flashconv.convert_model(theirs))) == list(theirs.state_dict())
+
+
+def test_attributes_refer_to_the_converted():
+    "Layers in lists are those of the tree, methods are the new class's, whatever isn't is there too."
+    class Graph(T.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.alone = T.Linear(1, 1), [T.Linear(1, 1)]
+            self.refs, self.run, self.config = {"a": (self.a, [self])}, self.step, {"dtype": torch.float32}
+            self.act, self.width = torch.relu, 3
+        def step(self): return "PyTorch"
+    class OurGraph(nn.Module):
+        def step(self): return "MLX"
+        def act(self, x): return nn.relu(x)
+        @property
+        def width(self): return 4
+    theirs = Graph()
+    ours = flashconv.convert_model(theirs, modules={Graph: OurGraph})
+    assert ours.refs["a"][0] is ours.a and ours.refs["a"][1][0] is ours and ours.run() == "MLX"
+    assert ours.act(mx.array(-1.0)) == 0 and ours.width == 4 and ours.config == theirs.config
+    assert type(ours.alone[0]) is nn.Linear and list(ours.parameters()) == ["a"]
+    assert copy.deepcopy(ours).run() == "MLX"
+
+
+def test_what_is_left_out_stays_out():
+    "A buffer that isn't saved, or a tensor in a list, gets another value: still no state, no weight."
+    theirs = adorned(T.Conv1d(1, 1, 1), seen=[torch.ones(1)])
+    theirs.register_buffer("window", torch.ones(2), persistent=False)
+    for ours in (flashconv.convert_model(theirs), flashconv.from_torch(theirs)):
+        ours.window, ours.seen = ours.window * 2, [mx.zeros(1)]
+        assert list(flashconv.to_torch_state(ours)) == list(ours.state_dict()) == ["weight", "bias"]
+        assert list(ours.trainable_parameters()) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_batches_are_counted(data_format):
+    "In training mode, as in PyTorch; a state without the number is loaded all the same."
+    theirs = T.Sequential(T.BatchNorm2d(2), T.BatchNorm2d(2, track_running_stats=False)).train()
+    ours, x = flashconv.convert_model(theirs, data_format=data_format), np.ones((2, 2, 2, 2), np.float32)
+    for _ in range(3): theirs(torch.from_numpy(x)), call(ours, x, data_format)
+    ours.eval(), call(ours, x, data_format)
+    assert flashconv.to_torch_state(ours)["0.num_batches_tracked"] == 3
+    state = {name: value for name, value in theirs.state_dict().items() if "num" not in name}
+    assert flashconv.load_torch_state(ours, state) == ([], [])
+    assert flashconv.load_torch_state(nn.Sequential(nn.BatchNorm(2), nn.BatchNorm(2, track_running_stats=False)),
+                                      theirs.state_dict()) == ([], [])
+    with pytest.raises(RuntimeError, match="steps.num_batches_tracked"):
+        flashconv.load_torch_state(ours, state | {"steps.num_batches_tracked": torch.tensor(1)})

@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 torch = pytest.importorskip("torch", reason="PyTorch, the judge, is not installed")
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 T = torch.nn
 DTYPES = ("float32", "float16", "bfloat16", "float64", "complex64")
@@ -209,6 +209,78 @@ def test_after_a_swap():
     flashconv.load_torch_state(model, state)
     flashconv.downgrade(model.stem)
     assert_same_bits(state, flashconv.to_torch_state(model))
+
+
+class Shared(T.Module):
+    "Two stacks with a layer of the one in the other, and a tensor under two names."
+    def __init__(self):
+        super().__init__()
+        self.head = T.Conv1d(2, 2, 3)
+        self.body = T.Sequential(self.head, T.Conv1d(2, 2, 3), self.head)
+        self.gain = T.Parameter(torch.ones(2))
+        self.tied = self.gain
+
+
+class OurShared(nn.Module):
+    def __init__(self, is_tied=True):
+        super().__init__()
+        self.head = flashconv.Conv1d(2, 2, 3)
+        again = self.head if is_tied else flashconv.Conv1d(2, 2, 3)
+        self.body = nn.Sequential(again, nn.Conv1d(2, 2, 3), again)
+        self.gain, self.tied = mx.zeros(2), mx.zeros(2)
+
+
+@pytest.mark.parametrize("is_tied", (True, False))
+def test_names_that_a_file_leaves_out(is_tied, tmp_path):
+    "save_model stores a shared tensor once; each of its names is filled, as load_model does."
+    theirs, file = Shared(), tmp_path / "model.safetensors"
+    save_model(theirs, file)
+    assert load_model(Shared(), file) == (set(), []) and len(load_file(file)) < len(theirs.state_dict())
+    ours = OurShared(is_tied)
+    assert flashconv.load_torch_state(ours, file) == ([], [])
+    assert_same_bits(theirs.state_dict(), flashconv.to_torch_state(ours))
+    flashconv.save_torch_state(ours, tmp_path / "back.safetensors")
+    assert_same_bits(theirs.state_dict(), load_file(tmp_path / "back.safetensors"))
+    assert flashconv.load_torch_state(ours.body, save_and_name(theirs.body, tmp_path)) == ([], [])
+
+
+def save_and_name(theirs, folder):
+    save_model(theirs, folder / "body.safetensors")
+    return folder / "body.safetensors"
+
+
+def test_names_that_a_file_leaves_out_without_a_word(tmp_path):
+    "The model knows that they share a layer. What it does not know is missing, as is another's alias."
+    state, file = Shared().state_dict(), tmp_path / "model.safetensors"
+    once = {name: value for name, value in state.items() if not name.startswith(("head", "body.2"))}
+    once["tied"] = once["tied"].clone()
+    save_file(once, file)
+    assert flashconv.load_torch_state(OurShared(), file) == ([], [])
+    with pytest.raises(RuntimeError, match='Missing key.*: "head.weight"'):
+        flashconv.load_torch_state(OurShared(False), file)
+    with pytest.raises(RuntimeError, match='Missing key.*: "head.weight"'):
+        flashconv.load_torch_state(OurShared(), once)  # of which PyTorch says the same
+    once = {name: value for name, value in once.items() if name not in ("gain", "tied")}
+    save_file(once, file, {"gain": "none", "tied": "gain", "elsewhere": "body.1.weight"})
+    with pytest.raises(RuntimeError, match='"gain", "tied"'): flashconv.load_torch_state(OurShared(), file)
+
+
+def test_names_of_two_arrays():
+    "PyTorch can't have them, so they are refused and neither is lost."
+    model = nn.Module()
+    model.a, model.table = {"b.c": mx.zeros(1), "b": {"c": mx.ones(1)}}, {}
+    for function in (flashconv.to_torch_state, lambda m: flashconv.load_torch_state(m, {"a.b.c": mx.zeros(1)})):
+        with pytest.raises(RuntimeError, match="more than one array called a.b.c"): function(model)
+
+
+@pytest.mark.parametrize("name", ("unnamed", "layers", "layer", "keys", "größe", "0"))
+def test_names_are_kept(name):
+    "An array keeps its name whatever it is, in a module and in a dict of one."
+    model = nn.Module()
+    dict.__setitem__(model, name, mx.ones(1))
+    model.table = {name: mx.zeros(1)}
+    assert list(flashconv.to_torch_state(model)) == [name, f"table.{name}"]
+    assert flashconv.load_torch_state(model, {name: mx.zeros(1), f"table.{name}": mx.ones(1)}) == ([], [])
 
 
 def test_mlx_metadata_is_recognised(tmp_path):

@@ -116,6 +116,79 @@ def test_what_stays_is_said():
     assert type(model.layers[1].layers[0]) is flashconv.Conv1d and type(model.layers[0]) is Causal
 
 
+class Stepping(nn.Conv1d):
+    def step(self, x): return self(x) * self.gain
+
+
+class Constant(nn.Conv1d):
+    lookahead = 4
+
+
+class Counted(nn.Conv1d):
+    "One that adds what can come along."
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.gain, self.lookahead, self.taps, self.absent = mx.ones(1), 4, [1, 2], None
+        self.freeze(keys=["gain"])
+
+
+class Holding(nn.Conv1d):
+    "One that holds a layer, which is a layer like any other."
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.before = [nn.Conv1d(1, 1, 1)]
+
+
+@pytest.mark.parametrize(("cls", "reason"), [
+    (Stepping, "adds step"), (Constant, "adds lookahead"), (Holding, "its before holds layers")])
+def test_subclasses_that_stay(cls, reason):
+    "They do in a model, with all that they have, and are refused alone."
+    model = nn.Sequential(cls(1, 1, 1), nn.Conv1d(1, 1, 1))
+    layer, names = model.layers[0], set(arrays(model))
+    with pytest.warns(UserWarning, match=f"layers.0: .*{reason}"): flashconv.upgrade(model)
+    assert model.layers[0] is layer and type(model.layers[1]) is flashconv.Conv1d
+    assert set(arrays(model)) == names
+    if cls is Holding: assert type(layer.before[0]) is flashconv.Conv1d
+    with pytest.raises(ValueError, match=reason): flashconv.upgrade(cls(1, 1, 1))
+    with pytest.raises(ValueError, match=reason): flashconv.from_mlx(cls(1, 1, 1))
+
+
+def test_additions_come_along():
+    "Arrays, frozen ones, numbers and lists, by a subclass or hung on a layer; there and back."
+    hung = nn.Conv1d(1, 1, 1)
+    hung.gain, hung.lookahead, hung.taps, hung.absent = mx.ones(1), 4, [1, 2], None
+    hung.freeze(keys=["gain"])
+    for layer in (Counted(1, 1, 1), hung):
+        model = nn.Sequential(layer)
+        for swap in (flashconv.upgrade, flashconv.downgrade):
+            swap(model)
+            new = model.layers[0]
+            assert new is not layer and set(new.parameters()) == {"weight", "bias", "gain", "taps"}
+            assert set(dict(tree_flatten(new.trainable_parameters()))) == {"weight", "bias"}
+            assert (new.lookahead, new.taps, new.absent) == (4, [1, 2], None)
+            layer.gain[0] = 7
+            assert new.gain.item() == 1
+            layer.gain[0] = 1
+
+
+@pytest.mark.parametrize("name", ("data_format", "device", "in_channels", "num_spatial_dims"))
+def test_attributes_that_mean_something_here(name):
+    layer = nn.Conv1d(1, 1, 1)
+    setattr(layer, name, "mine")
+    with pytest.raises(ValueError, match=f"its {name} is something else"): flashconv.upgrade(layer)
+
+
+def test_layers_in_tuples_stay():
+    "Nothing can be put in their place, so they would be two where they were one."
+    model = nn.Sequential(nn.Conv1d(1, 1, 1), nn.Conv1d(1, 1, 1))
+    model.pair = (model.layers[0], [nn.Conv1d(1, 1, 1)])
+    object.__setattr__(model, "hidden", model.layers[1])
+    with pytest.warns(UserWarning, match="layers.0: it is in a tuple"): flashconv.upgrade(model)
+    assert model.pair[0] is model.layers[0] and type(model.layers[0]) is nn.Conv1d
+    assert model.hidden is model.layers[1] and type(model.hidden) is flashconv.Conv1d
+    assert type(model.pair[1][0]) is flashconv.Conv1d
+
+
 @pytest.mark.parametrize(("layer", "reason"), [
     (flashconv.Conv2d(1, 1, 3), "channels first"),
     (flashconv.Conv2d(1, 1, 2, padding="same", data_format="channels_last"), "as much before"),

@@ -6,13 +6,17 @@
 __all__ = ['from_torch', 'to_torch', 'from_mlx', 'to_mlx']
 
 # %% ../../nbs/08_convert.ipynb #885d4674
+import copy
+import inspect
 import sys
+from types import MethodType
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..arithmetic import as_ints, same_padding
+from ..base import _places
 from ..conv import Conv1d, Conv2d, Conv3d
 from ..lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
@@ -35,8 +39,35 @@ def _refuse(what, reasons):
     if reasons := list(reasons): raise ValueError(f"{what}: {'; '.join(reasons)}")
 
 # %% ../../nbs/08_convert.ipynb #aef6347e
-_REPLACEABLE = ("__call__", "forward", "_conv_forward", "_output_padding")
+_COMPUTES = ("__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__len__")
+_HARMLESS = set("""extra_repr _extra_repr reset_parameters cls_to_become _version state_dict
+    load_state_dict _save_to_state_dict _load_from_state_dict get_extra_state set_extra_state
+    _apply to half float double bfloat16 cuda cpu""".split())
 
+def _between(cls, known):
+    "The classes that `cls` adds to `known`."
+    return [base for base in cls.__mro__ if base not in known.__mro__]
+
+def _sets(known):
+    "The attributes that a class of PyTorch's says that it sets."
+    return {name for cls in known.__mro__ for name in
+            (*vars(cls).get("__constants__", ()), *getattr(cls, "__annotations__", ()))}
+
+# %% ../../nbs/08_convert.ipynb #6f0b5059
+def _replaced(layer, known):
+    "What a subclass of `known`, or `layer` by itself, has replaced."
+    classes = _between(type(layer), known)
+    if hasattr(layer, "parametrizations"): classes = classes[1:]  # a class that PyTorch made
+    names = [name for cls in classes for name, value in vars(cls).items()
+             if name not in _HARMLESS and (hasattr(known, name) or (
+                 name in _sets(known) and hasattr(value, "__get__")))]
+    names += [name for name in vars(layer) if callable(getattr(known, name, None))]
+    for name in dict.fromkeys(names):
+        if not name.startswith("__") or name in _COMPUTES:
+            yield (f"it replaces {name}, and a converted layer would not; load its state into a "
+                   "plain layer if the parameters are all that counts")
+
+# %% ../../nbs/08_convert.ipynb #99574671
 def _class_of(layer, package, namespace):
     "The convolution class of `package` that `layer` is. Refuses one that computes something else."
     classes = [namespace[name] for name in _OURS if name in namespace]
@@ -44,11 +75,7 @@ def _class_of(layer, package, namespace):
     if known is None:
         raise TypeError(f"expected a layer of {package}: Conv1d, Conv2d, Conv3d, ConvTranspose1d, "
                         f"ConvTranspose2d or ConvTranspose3d, but got {type(layer)}")
-    _refuse(f"{type(layer).__name__} is not a plain {known.__name__}",
-            (f"it replaces {name}, and a converted layer would not; load its state into a plain "
-             "layer if the parameters are all that counts" for name in _REPLACEABLE
-             if getattr(type(layer), name, None) is not getattr(known, name, None)
-             or callable(vars(layer).get(name))))
+    _refuse(f"{type(layer).__name__} is not a plain {known.__name__}", _replaced(layer, known))
     return known
 
 # %% ../../nbs/08_convert.ipynb #ec30bcc4
@@ -64,9 +91,26 @@ def _from_tensor(tensor, torch):
     if dtype not in _DTYPES or not (lazy or plain):
         raise ValueError(f"expected a plain dense tensor of {', '.join(_DTYPES)}, but got a "
                          f"{type(value).__name__} of {value.dtype} on {value.device}")
-    if lazy: return UninitializedParameter(getattr(mx, dtype))
-    if dtype != "bfloat16": return mx.array(value.numpy(force=True), dtype=getattr(mx, dtype))
-    return mx.array(value.view(torch.int16).numpy(force=True)).view(mx.bfloat16)
+    return UninitializedParameter(getattr(mx, dtype)) if lazy else _as_array(value)
+
+# %% ../../nbs/08_convert.ipynb #9dc7e735
+def _is_dense(tensor, torch):
+    "Whether a tensor of PyTorch's has values, one after the other."
+    if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta: return False
+    return tensor.layout == torch.strided and not tensor.is_quantized
+
+def _as_array(value):
+    "`value` as an array of MLX, bit for bit. None: it is no dense array of a dtype of MLX's."
+    if isinstance(value, mx.array): return value
+    name, torch = _name(getattr(value, "dtype", "")), sys.modules.get("torch")
+    dtype = getattr(mx, "bool_" if name == "bool" else name, None)
+    if not isinstance(dtype, mx.Dtype): return None
+    if torch and isinstance(value, torch.Tensor):
+        if not _is_dense(value, torch): return None
+        value = value.detach()
+        if dtype != mx.bfloat16: value = value.numpy(force=True)
+        else: return mx.array(value.view(torch.int16).numpy(force=True)).view(dtype)
+    return mx.array(value, dtype) if isinstance(value, np.ndarray) else None
 
 # %% ../../nbs/08_convert.ipynb #ba0dab6e
 def _assemble(cls, source, parameters, data_format):
@@ -105,6 +149,199 @@ def _stale(theirs, ours):
         yield (f"it pads by {noted}, noted at construction, where padding={theirs.padding} means "
                "something else by now; make it anew")
 
+# %% ../../nbs/08_convert.ipynb #7610c031
+class _Frozen(set):
+    "The names that are frozen in a module, which `unfreeze()` clears but for the buffers."
+
+    def __init__(self, names=(), buffers=()):
+        super().__init__((*names, *buffers))
+        self.buffers = frozenset(buffers)
+
+    def clear(self): self.intersection_update(self.buffers)
+
+def _leave_out(ours, name):
+    "Keep an attribute out of the state and out of training, now and when it gets another value."
+    ours._non_persistent = vars(ours).get("_non_persistent", frozenset()) | {name}
+    ours._no_grad.add(name)
+
+# %% ../../nbs/08_convert.ipynb #35f568e3
+def _misnomer(ours, name, is_state, is_own):
+    "Why `ours` can't get an attribute of this name; None if it can."
+    if hasattr(nn.Module, name) or name in ("_no_grad", "_training", "_non_persistent"):
+        return f"its {name} has a name that every module of MLX uses itself; rename it"
+    if is_state and name.startswith("_"):
+        return f"its {name} begins with an underscore, and parameters() of MLX leaves that out"
+    in_class = hasattr(type(ours), name) and not (
+        is_own and (_is_provided(ours, name) or not is_state))
+    in_object = name in vars(ours) or not isinstance(dict.get(ours, name, _ABSENT), mx.array)
+    if in_class or in_object:
+        return f"its {name} is something else in a {type(ours).__name__} here; rename it"
+
+_ABSENT = mx.array(0)
+
+def _is_provided(ours, name):
+    "Whether the class of `ours` has a method or a property of this name."
+    return hasattr(inspect.getattr_static(type(ours), name, None), "__get__")
+
+# %% ../../nbs/08_convert.ipynb #48f9ed38
+def _fill(ours, theirs, names, is_own=False):
+    "Give `ours` tensors of `theirs`, or None where there is none. Yields what stands in the way."
+    tensors, buffers = {**theirs._parameters, **theirs._buffers}, set()
+    for name in names:
+        tensor = tensors[name]
+        is_state = tensor is not None and name not in theirs._non_persistent_buffers_set
+        array, problem = _as_array(tensor), _misnomer(ours, name, is_state, is_own)
+        if problem: yield problem
+        elif tensor is not None and array is None:
+            yield f"its {name} is no dense tensor, with values, of a dtype that MLX has"
+        else:
+            dict.pop(ours, name, None)  # so that the order is PyTorch's
+            (ours if is_state else vars(ours))[name] = array
+            if array is not None and not is_state: _leave_out(ours, name)
+            if array is not None and name in theirs._buffers: buffers.add(name)
+            if is_state and not tensor.requires_grad: ours._no_grad.add(name)
+    buffers.update(getattr(ours._no_grad, "buffers", ()))
+    if buffers: ours._no_grad = _Frozen(ours._no_grad, buffers)
+
+# %% ../../nbs/08_convert.ipynb #c49ce1e3
+def _attributes(theirs, known, torch):
+    "What `theirs` has besides tensors, modules and what the class `known` sets: name -> value."
+    own = {"_load_hook", "_initialize_hook", *vars(torch.nn.Module()), *_sets(known),
+           *theirs._parameters, *theirs._buffers, *theirs._modules}
+    constants = {name: value for cls in reversed(_between(type(theirs), known))
+                 for name, value in vars(cls).items() if not name.startswith("_")
+                 and not callable(value) and not hasattr(value, "__get__")}
+    return {name: value for name, value in (constants | vars(theirs)).items() if name not in own}
+
+def _mapped(value, kinds, convert):
+    "`value` with `convert` applied to objects of `kinds`, in containers too."
+    if isinstance(value, kinds): return convert(value)
+    if isinstance(value, (set, frozenset)):
+        return type(value)(_mapped(item, kinds, convert) for item in value)
+    if isinstance(value, tuple):
+        items = [_mapped(item, kinds, convert) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if not isinstance(value, (list, dict)): return value
+    result = copy.copy(value)
+    for key, item in enumerate(value) if isinstance(value, list) else value.items():
+        result[key] = _mapped(item, kinds, convert)
+    return result
+
+# %% ../../nbs/08_convert.ipynb #23859675
+_MLXS = set("""groups stride padding dilation output_padding weight bias _no_grad _training
+    _non_persistent""".split())
+_OWN = _MLXS | set("""in_channels out_channels kernel_size transposed padding_mode data_format
+    device""".split())
+
+def _extra(layer, own):
+    "What was added to a layer of MLX's or ours: name -> value."
+    return {name: value for name, value in {**vars(layer), **dict(layer)}.items()
+            if name not in own}
+
+def _holds(value, kinds):
+    "Whether `value` is one of `kinds` or a container with one in it."
+    found = []
+    _mapped(value, kinds, found.append)
+    return bool(found)
+
+# %% ../../nbs/08_convert.ipynb #f8e06297
+def _agree(a, b):
+    "Whether two attributes are the same plain value."
+    plain = (bool, int, float, str, tuple, type(None))
+    return isinstance(a, plain) and isinstance(b, plain) and a == b
+
+def _hang(ours, name, value, is_own):
+    "Give `ours` an attribute outside of its state. Yields what stands in the way."
+    is_reserved = hasattr(nn.Module, name)
+    if is_own and _is_provided(ours, name) and not is_reserved: return  # the class's own is meant
+    if hasattr(ours, name) and not is_reserved and _agree(getattr(ours, name), value): return
+    if problem := _misnomer(ours, name, False, is_own): yield problem
+    else:
+        vars(ours)[name] = value
+        if _holds(value, (mx.array, nn.Module)): _leave_out(ours, name)
+
+# %% ../../nbs/08_convert.ipynb #103e1ee0
+class _Memory:
+    "Which tensor lies where, to find those that share memory."
+
+    def __init__(self): self.spans = {}
+
+    def shared(self, tensor, name, changes):
+        "Names of earlier tensors that share memory with this one, where one of the two changes."
+        storage, first, last = _span(tensor)
+        others = self.spans.setdefault(storage, [])
+        found = [other for start, end, other, moves in others
+                 if first < end and start < last and (changes or moves)]
+        others.append((first, last, name, changes))
+        return found
+
+def _span(tensor):
+    "The storage of a tensor, and where in it the tensor's bytes begin and end."
+    if not _is_dense(tensor, sys.modules["torch"]) or not tensor.numel(): return id(tensor), 0, 1
+    offset, size = tensor.storage_offset(), tensor.element_size()
+    end = offset + 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+    return tensor.untyped_storage().data_ptr(), offset * size, end * size
+
+# %% ../../nbs/08_convert.ipynb #53d8337c
+def _ties(theirs, memory, path=""):
+    "What `theirs` shares with layers before it, or with itself."
+    norm = sys.modules["torch"].nn.modules.batchnorm._NormBase
+    for name, tensor in {**theirs._parameters, **theirs._buffers}.items():
+        if tensor is None: continue
+        changes = name in theirs._parameters or isinstance(theirs, norm)
+        for other in memory.shared(tensor, f"{path}.{name}".lstrip("."), changes):
+            yield f"its {name} is also {other}, and copies would not stay tied"
+
+# %% ../../nbs/08_convert.ipynb #14a6927b
+def _hang_attributes(ours, theirs, known, memory, convert, path="", is_own=False):
+    "Give `ours` the attributes of `theirs`, modules as `convert` makes them. Yields problems."
+    torch = sys.modules["torch"]
+    for name, value in _attributes(theirs, known, torch).items():
+        where = f"{path}.{name}".lstrip(".")
+
+        def translate(item):
+            if isinstance(item, torch.nn.Module): return convert(item, where)
+            if isinstance(item, MethodType): return _method(item, convert, where)
+            if shared := memory.shared(item, where, False):
+                raise ValueError(f"it holds {shared[0]}, and a copy would not follow that")
+            if (array := _as_array(item)) is not None: return array
+            raise ValueError(f"it holds a {item.dtype} that can't be an array of MLX")
+        try: value = _mapped(value, (torch.Tensor, torch.nn.Module, MethodType), translate)
+        except (TypeError, ValueError) as error: yield f"its {name} can't come along: {error}"
+        else: yield from _hang(ours, name, value, is_own)
+
+# %% ../../nbs/08_convert.ipynb #02b9fb4f
+def _method(method, convert, where):
+    "The method of the same name of what a module became."
+    if not isinstance(method.__self__, sys.modules["torch"].nn.Module): return method
+    ours = convert(method.__self__, where)
+    found = getattr(ours, method.__name__, None)
+    if callable(found): return found
+    raise ValueError(f"it is the method {method.__name__}, which {type(ours).__name__} lacks")
+
+# %% ../../nbs/08_convert.ipynb #5b592a75
+def _same(saved, tensor):
+    "Whether what PyTorch saves is this tensor."
+    torch = sys.modules["torch"]
+    if not isinstance(saved, torch.Tensor) or saved.dtype != tensor.dtype: return False
+    if not _is_dense(tensor, torch) or not tensor.numel(): return True
+    return saved.shape == tensor.shape and _span(saved) == _span(tensor)
+
+def _unlike(theirs, names):
+    "How the state that PyTorch saves differs from tensors of these names."
+    try: state = theirs.state_dict()
+    except Exception as error:  # whatever a hook of the user's raises
+        yield f"its state_dict() raises {type(error).__name__}: {error}"
+        return
+    tensors = dict(theirs.named_parameters(remove_duplicate=False))
+    tensors |= dict(theirs.named_buffers(remove_duplicate=False))
+    for name in sorted(state.keys() ^ names):
+        holds = "has" if name in state else "lacks"
+        yield f"its state in PyTorch {holds} {name}, and the converted one would not"
+    for name in sorted(state.keys() & tensors.keys()):
+        if not _same(state[name], tensors[name]):
+            yield f"its state in PyTorch has another {name} than the tensor of that name"
+
 # %% ../../nbs/08_convert.ipynb #106e889c
 def from_torch(
     layer,  # torch.nn.Conv1d to Conv3d or ConvTranspose1d to ConvTranspose3d, lazy or not
@@ -113,19 +350,45 @@ def from_torch(
 ) -> nn.Module:  # flashconv's layer of that name
     """PyTorch's layer as flashconv's, with a copy of the parameters, bit for bit.
 
-    Keeps dtype, training mode and what is frozen (`requires_grad=False`); `layer` stays as it is.
+    Keeps dtype, training mode, what is frozen (`requires_grad=False`), and what a subclass or
+    others have added: parameters, buffers, plain attributes, no methods. `layer` stays as it is.
     A layer without values yet becomes a lazy one. Raises `TypeError` for other types, `ValueError`
-    for subclasses, hooks, parametrizations and tensors that a plain layer could not hold.
+    that lists what a layer here could not have or would not do.
     """
     torch, kind = sys.modules.get("torch"), type(layer).__name__
-    cls = _class_of(layer, "torch.nn", vars(torch.nn) if torch else {})
-    _refuse(f"{kind} is not a plain {cls.__name__}", _extras(layer, torch))
+    known = _class_of(layer, "torch.nn", vars(torch.nn) if torch else {})
+    _refuse(f"{kind} is not a plain {known.__name__}", _extras(layer, torch))
+    ours = _bare(layer, known, data_format)
+    _refuse(f"{kind} can't be converted", _additions(layer, known, ours))
+    return ours
+
+# %% ../../nbs/08_convert.ipynb #613c7256
+def _bare(layer, known, data_format):
+    "The layer here, without what was added to `layer`, a convolution of the class `known`."
     tensors = {name: getattr(layer, name) for name in ("weight", "bias")}
+    torch = sys.modules["torch"]
     parameters = {name: _from_tensor(t, torch) for name, t in tensors.items() if t is not None}
-    ours = _assemble(cls, layer, parameters, data_format)
-    _refuse(f"{kind} can't be converted", _stale(layer, ours))
+    ours = _assemble(known, layer, parameters, data_format)
+    _refuse(f"{type(layer).__name__} can't be converted", _stale(layer, ours))
     ours._no_grad.update(name for name in parameters if not tensors[name].requires_grad)
     return ours
+
+def _added(theirs):
+    return [name for name in (*theirs._parameters, *theirs._buffers)
+            if name not in ("weight", "bias")]
+
+# %% ../../nbs/08_convert.ipynb #2ebe9667
+def _additions(theirs, known, ours):
+    "Take over what was added to a layer. Yields what stands in the way."
+    def refuse(layer, path):
+        raise ValueError("it holds a layer, which convert_model takes along")
+    memory = _Memory()
+    yield from _ties(theirs, memory)
+    yield from _fill(ours, theirs, _added(theirs))
+    yield from (f"its {name} is a layer, which convert_model takes along"
+                for name, child in theirs._modules.items() if child is not None)
+    yield from _hang_attributes(ours, theirs, known, memory, refuse)
+    yield from _unlike(theirs, {name for name, _ in _places(ours)})
 
 # %% ../../nbs/08_convert.ipynb #1acb90a8
 def _to_tensor(array, torch):
@@ -146,8 +409,10 @@ def to_torch(
     """flashconv's layer as PyTorch's, with a copy of the parameters, bit for bit.
 
     PyTorch's layer takes channels first also where `layer` takes them last; the parameters are the
-    same. Keeps dtype, training mode and what is frozen, not `device`. Raises `ImportError` without
-    PyTorch, `TypeError` for other types, `ValueError` for subclasses that replace a method.
+    same. Keeps dtype, training mode, what is frozen and what a subclass or others have added:
+    arrays (frozen ones become buffers) and plain attributes, not `device`. Raises `ImportError`
+    without PyTorch, `TypeError` for other types, `ValueError` for subclasses that replace a method
+    and for layers in `layer`.
     """
     cls = _class_of(layer, "flashconv", _OURS)
     try: import torch
@@ -157,9 +422,29 @@ def to_torch(
     theirs = getattr(torch.nn, cls.__name__)(
         *() if lazy else (layer.in_channels,), layer.out_channels, layer.kernel_size,
         bias=layer.bias is not None, device="cpu" if lazy else "meta", **_numbers(layer, cls))
-    for name, array in layer.state_dict().items():
+    for name, array in layer._drawn().items():
         setattr(theirs, name, _to_parameter(array, torch, name not in layer._no_grad))
+    _refuse(f"{type(layer).__name__} can't be converted", _add_to_torch(theirs, layer, torch))
     return theirs.train(layer.training)
+
+# %% ../../nbs/08_convert.ipynb #77868f6d
+def _add_to_torch(theirs, layer, torch):
+    "Give `theirs` what was added to `layer`. Yields what stands in the way."
+    for name, value in _extra(layer, _OWN).items():
+        if _holds(value, nn.Module): yield f"its {name} holds layers"
+        elif hasattr(theirs, name): yield f"its {name} is something else in PyTorch; rename it"
+        elif isinstance(value, mx.array): _add_array(theirs, layer, name, torch)
+        elif isinstance(value, (list, dict)) and name in layer and _holds(value, mx.array):
+            yield f"its {name} is a {type(value).__name__} of arrays; give each a name"
+        else: setattr(theirs, name, _mapped(value, mx.array, lambda a: _to_tensor(a, torch)))
+
+def _add_array(theirs, layer, name, torch):
+    "Give `theirs` an array of `layer` as a parameter or a buffer."
+    array, buffers = getattr(layer, name), getattr(layer._no_grad, "buffers", layer._no_grad)
+    is_state = name in dict(_places(layer))
+    if is_state and name not in buffers and mx.issubdtype(array.dtype, mx.inexact):
+        setattr(theirs, name, _to_parameter(array, torch, name not in layer._no_grad))
+    else: theirs.register_buffer(name, _to_tensor(array, torch), is_state)
 
 # %% ../../nbs/08_convert.ipynb #b8bdfff9
 def from_mlx(
@@ -167,9 +452,10 @@ def from_mlx(
 ) -> nn.Module:  # flashconv's layer of that name, channels last
     """mlx.nn's layer as flashconv's, for the same batched inputs, with a copy of the parameters.
 
-    Where MLX's transposed convolution is wrong, the result is PyTorch's. Keeps dtype, training mode
-    and what is frozen. A call refuses what PyTorch refuses: an input of another dtype than the
-    weight's, negative padding. Raises `TypeError` for other types, `ValueError` for subclasses.
+    Where MLX's transposed convolution is wrong, the result is PyTorch's. Keeps dtype, training mode,
+    what is frozen, and arrays and plain attributes that were added. A call refuses what PyTorch
+    refuses: an input of another dtype than the weight's, negative padding. Raises `TypeError` for
+    other types, `ValueError` for subclasses with methods of their own and for layers in `layer`.
     """
     cls = _class_of(layer, "mlx.nn", vars(nn))
     place = 0 if "Transpose" in cls.__name__ else 1
@@ -177,8 +463,24 @@ def from_mlx(
     parameters = {"weight": mx.moveaxis(layer.weight, -1, place, stream=stream)}
     if "bias" in layer: parameters["bias"] = mx.array(layer.bias)
     ours = _assemble(cls, layer, parameters, "channels_last")
-    ours._no_grad.update(layer._no_grad)
+    _refuse(f"{type(layer).__name__} can't be replaced", _carry(ours, layer, cls, _MLXS))
     return ours
+
+# %% ../../nbs/08_convert.ipynb #e5837eed
+def _carry(copied, layer, known, own):
+    "Give `copied` what was added to `layer`. Yields what stands in the way, methods among it."
+    for cls in _between(type(layer), known):
+        for name in vars(cls):
+            if not name.startswith("__") and name not in ("extra_repr", "_extra_repr"):
+                yield f"{cls.__name__} adds {name}, and code may use it"
+    for name, value in _extra(layer, own).items():
+        if _holds(value, nn.Module): yield f"its {name} holds layers"
+        elif not hasattr(copied, name):
+            (copied if name in layer else vars(copied))[name] = _mapped(value, mx.array, mx.array)
+        elif not _agree(getattr(copied, name), value):
+            yield f"its {name} is something else in a {type(copied).__name__} there; rename it"
+    copied._no_grad = copy.copy(layer._no_grad)
+    if "_non_persistent" in vars(layer): copied._non_persistent = layer._non_persistent
 
 # %% ../../nbs/08_convert.ipynb #1357c9ba
 def _amounts(layer):
@@ -238,8 +540,9 @@ def to_mlx(
     """flashconv's layer as mlx.nn's, with a copy of the parameters. It draws from `mx.random`.
 
     The result takes `(N, *spatial, channels)` whatever the data format of `layer`, as every layer
-    of mlx.nn does. Keeps dtype, training mode and what is frozen, not `device`. Raises `ValueError`
-    naming all that mlx.nn lacks or gets wrong, and for lazy layers; `TypeError` for other types.
+    of mlx.nn does. Keeps dtype, training mode, what is frozen, and arrays and plain attributes that
+    were added, not `device`. Raises `ValueError` naming all that mlx.nn lacks or gets wrong, for lazy
+    layers and subclasses with methods of their own; `TypeError` for other types.
     """
     cls = _class_of(layer, "flashconv", _OURS)
     if cls.__name__.startswith("Lazy"):
@@ -252,5 +555,5 @@ def to_mlx(
     place = 0 if layer.transposed else 1
     theirs.weight = mx.contiguous(mx.moveaxis(layer.weight, place, -1))
     if layer.bias is not None: theirs.bias = mx.array(layer.bias)
-    theirs._no_grad.update(layer._no_grad)
+    _refuse(f"{type(layer).__name__} can't be replaced", _carry(theirs, layer, cls, _OWN))
     return theirs.train(layer.training)

@@ -10,70 +10,14 @@ import os
 import sys
 from pathlib import Path
 from threading import get_ident
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from ..base import IncompatibleKeys, _ConvNd, _key_errors
-from .layers import _to_tensor
+from ..base import (
+    IncompatibleKeys, _from_place, _key_errors, _mlx_axis, _state_places, _to_place)
+from .layers import _as_array, _to_tensor
 from ..lazy import UninitializedParameter, _Lazy
-
-# %% ../../nbs/12_state.ipynb #2ae3a28c
-class _Place(NamedTuple):
-    "Where a model keeps an array."
-    holder: dict | list  # a module is a dict
-    key: str | int
-    layer: nn.Module  # the module to which it belongs
-
-    @property
-    def array(self): return self.holder[self.key]
-
-    def put(self, array): self.holder[self.key] = array
-
-# %% ../../nbs/12_state.ipynb #851a7d16
-def _unnamed(module):
-    "The attribute of `module` that is missing in PyTorch's names."
-    return "layers" if isinstance(module, nn.Sequential) else getattr(module, "unnamed", None)
-
-def _places(holder, prefix="", layer=None):
-    "The arrays of a model, by PyTorch's names: (name, place)."
-    if isinstance(holder, nn.Module): layer = holder
-    pairs = enumerate(holder) if isinstance(holder, list) else dict.items(holder)
-    for key, value in pairs:
-        if holder is layer and key.startswith("_"): continue  # not a parameter for mlx.nn either
-        name = prefix if holder is layer and key == _unnamed(layer) else f"{prefix}{key}."
-        if isinstance(value, mx.array): yield name[:-1], _Place(holder, key, layer)
-        elif isinstance(value, (dict, list)): yield from _places(value, name, layer)
-
-# %% ../../nbs/12_state.ipynb #7586e647
-_AXIS = {nn.Conv1d: 1, nn.Conv2d: 1, nn.Conv3d: 1, nn.Bilinear: 1,
-         nn.ConvTranspose1d: 0, nn.ConvTranspose2d: 0, nn.ConvTranspose3d: 0}
-
-def _mlx_axis(layer):
-    "The axis of PyTorch's weight that MLX keeps last; None where it keeps them all."
-    if isinstance(layer, _ConvNd): return 0 if layer.transposed else 1
-    return next((axis for cls, axis in _AXIS.items() if isinstance(layer, cls)), None)
-
-def _moved(place):
-    "The axis of PyTorch's array that is the last one in this place; None where none has moved."
-    if place.key == "weight" and not isinstance(place.layer, _ConvNd): return _mlx_axis(place.layer)
-
-# %% ../../nbs/12_state.ipynb #d359096a
-def _move(array, source, destination):
-    on = mx.cpu if array.dtype == mx.float64 else None
-    return mx.moveaxis(array, source, destination, stream=on)
-
-def _to_place(array, place):
-    "An array in PyTorch's layout, in that of its place."
-    axis = _moved(place)
-    return array if axis is None else _move(array, axis, -1)
-
-def _from_place(place):
-    "The array in this place, in PyTorch's layout."
-    axis = _moved(place)
-    return place.array if axis is None else _move(place.array, -1, axis)
 
 # %% ../../nbs/12_state.ipynb #4d9bd8d3
 def _read(path):
@@ -82,18 +26,19 @@ def _read(path):
         raise ValueError("expected source to be a dict or a file named .safetensors, "
                          f"{', '.join(_PICKLES)}, but got {path}")
     with open(path, "rb"): pass  # or the error that says why not
-    return _read_pickle(path) if path.suffix in _PICKLES else _read_safetensors(path)
+    return _read_pickle(path) if path.suffix in _PICKLES else _read_safetensors(path)[0]
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 def _read_safetensors(path):
+    "The state in a file, and the file's metadata."
     try: state, metadata = mx.load(str(path), return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(f"{path} can't be read: {error}") from error
     if metadata.get("format") == "mlx":
         raise RuntimeError(f"{path} says format=mlx: its weights have MLX's layout already. Read "
                            "it with model.load_weights, and flashconv.upgrade the model after")
-    return state
+    return state, metadata
 
 # %% ../../nbs/12_state.ipynb #ee27a640
 def _read_pickle(path):
@@ -107,19 +52,17 @@ def _read_pickle(path):
         raise RuntimeError(f"{path} is corrupt, or holds more than tensors, which could run code "
                            f"({problem})") from error
 
-# %% ../../nbs/12_state.ipynb #dad9b298
-def _as_array(value):
-    "`value` as an array of MLX, bit for bit. None: it is no dense array of a dtype of MLX's."
-    if isinstance(value, mx.array): return value
-    name, torch = str(getattr(value, "dtype", "")).rpartition(".")[2], sys.modules.get("torch")
-    dtype = getattr(mx, "bool_" if name == "bool" else name, None)
-    if not isinstance(dtype, mx.Dtype): return None
-    if torch and isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.is_meta or value.is_quantized: return None
-        value = value.detach()
-        if dtype != mx.bfloat16: value = value.numpy(force=True)
-        else: return mx.array(value.view(torch.int16).numpy(force=True)).view(dtype)
-    return mx.array(value, dtype) if isinstance(value, np.ndarray) else None
+# %% ../../nbs/12_state.ipynb #b2f04b61
+def _aliased(file, state, places):
+    "What a safetensors file leaves out because it holds it under another name: name -> array."
+    if file is None or file.suffix != ".safetensors": return {}
+    metadata = _read_safetensors(file)[1]
+    stored = {_spot(places[name]): name for name in places if name in state}
+    others = {name: stored.get(_spot(place), metadata.get(name)) for name, place in places.items()
+              if name not in state}
+    return {name: state[other] for name, other in others.items() if other in state}
+
+def _spot(place): return id(place.holder), place.key
 
 # %% ../../nbs/12_state.ipynb #6002e2d1
 def _misfit(name, array, place, assign):
@@ -148,17 +91,19 @@ def load_torch_state(
 ) -> IncompatibleKeys:  # names that were missing or unexpected
     """Load a state of PyTorch's, with its names and layouts, into `model`: all of it or nothing.
 
-    A safetensors file is read when values are asked for. Raises `RuntimeError` that lists each
-    name, shape and dtype that does not fit, for a file that can't be read and for one in MLX's
-    layout; `OSError` where there is no file, `ImportError` where it takes PyTorch and there is
-    none, `TypeError` and `ValueError` for what is no model, no state or no such file.
+    A safetensors file is read when values are asked for, and may hold a shared array once. Raises
+    `RuntimeError` that lists each name, shape and dtype that does not fit, for a file that can't be
+    read and for one in MLX's layout; `OSError` where there is no file, `ImportError` where it takes
+    PyTorch and there is none, `TypeError` and `ValueError` for no model, no state, no such file.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an mlx.nn.Module, but got {type(model)}")
     file = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    state = _checked(_read(file) if file else source, file)
-    places = dict(_places(model))
-    keys = IncompatibleKeys([name for name in places if name not in state],
+    places = _state_places(model)
+    state = _checked(_read(file) if file else source, file, places)
+    state |= _aliased(file, state, places)
+    keys = IncompatibleKeys([name for name in places if name not in state
+                             and not _is_count(name, places)],
                             [name for name in state if name not in places])
     arrays = {name: _as_array(state.pop(name)) for name in places if name in state}
     errors = _key_errors(keys) if strict else []
@@ -171,8 +116,8 @@ def load_torch_state(
     return keys
 
 # %% ../../nbs/12_state.ipynb #0a6e8831
-def _checked(state, file):
-    "A copy of the state without the names that mlx.nn has not. Refuses what holds no arrays."
+def _checked(state, file, places):
+    "A copy of the state without counts that the model has not. Refuses what holds no arrays."
     what = file or "source"
     if not hasattr(state, "items"):
         raise TypeError(f"Expected {what} to be a file's name or dict-like, got {type(state)}.")
@@ -182,13 +127,18 @@ def _checked(state, file):
                            "one that you want, as in torch.load(file, weights_only=True)"
                            f"[{nested[0]!r}]")
     return {name: value for name, value in state.items()
-            if not name.endswith("num_batches_tracked")}
+            if name in places or not _is_count(name, {**places, **state})}
+
+def _is_count(name, names):
+    "Whether this is a batch norm's number of batches, with which PyTorch can do without."
+    norm, _, last = name.rpartition("num_batches_tracked")
+    return not last and f"{norm}running_mean" in names
 
 # %% ../../nbs/12_state.ipynb #f7cd9fae
 def to_torch_state(
     model: nn.Module,  # any model, of these layers and mlx.nn's
 ) -> dict:  # name -> torch.Tensor, for load_state_dict of the model in PyTorch
-    """The parameters and running statistics of `model` as PyTorch's, copied bit for bit.
+    """The parameters and buffers of `model` as PyTorch's, copied bit for bit.
 
     Raises `ImportError` without PyTorch, where `save_torch_state` does, `RuntimeError` for lazy
     layers, and `TypeError` for what is no model.
@@ -204,7 +154,7 @@ def _torch_arrays(model):
     "The arrays of `model` by PyTorch's names and in its layouts."
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an mlx.nn.Module, but got {type(model)}")
-    places = dict(_places(model))
+    places = _state_places(model)
     for place in places.values():
         if type(place.array) is UninitializedParameter: place.layer.items()  # which refuses
     return {name: _from_place(place) for name, place in places.items()}

@@ -14,16 +14,18 @@ from ..base import _ConvNd
 from .layers import _MLX, from_mlx, to_mlx
 
 # %% ../../nbs/14_swap.ipynb #7524e4fb
-def _children(holder):
-    "The modules, dicts and lists in one of them: (key, value)."
-    pairs = enumerate(holder) if isinstance(holder, list) else dict.items(holder)
-    return [(key, value) for key, value in pairs if isinstance(value, (dict, list))]
-
-def _layers(holder, kind, path=()):
-    "The layers of a kind in a tree: (holder, key, path, layer)."
-    for key, value in _children(holder):
-        if isinstance(value, kind): yield holder, key, (*path, str(key)), value
-        else: yield from _layers(value, kind, (*path, str(key)))
+def _places(holder, path=(), seen=None):
+    "What a tree holds, at any depth: (holder, key, path, value)."
+    seen = set() if seen is None else seen
+    if id(holder) in seen: return
+    seen.add(id(holder))
+    holders = [holder, vars(holder)] if isinstance(holder, nn.Module) else [holder]
+    for holder in holders:
+        pairs = dict.items(holder) if isinstance(holder, dict) else enumerate(holder)
+        for key, value in list(pairs):
+            yield holder, key, (*path, str(key)), value
+            if isinstance(value, (dict, list, tuple)):
+                yield from _places(value, (*path, str(key)), seen)
 
 # %% ../../nbs/14_swap.ipynb #b0dec5ab
 def _exchange(model, kind, convert):
@@ -33,16 +35,23 @@ def _exchange(model, kind, convert):
     if isinstance(model, kind):
         try: return convert(model)
         except ValueError as error: raise ValueError(f"model can't be replaced: {error}") from None
-    found, made, kept = list(_layers(model, kind)), {}, []
+    found, made, kept = [place for place in _places(model) if isinstance(place[3], kind)], {}, []
+    fixed = {id(layer) for holder, _, _, layer in found if isinstance(holder, tuple)}
     for _, _, path, layer in found:
         if id(layer) in made: continue
-        try: made[id(layer)] = convert(layer)
+        try: made[id(layer)] = _unless(id(layer) in fixed, convert, layer)
         except ValueError as error:
             made[id(layer)] = layer
             kept.append(f"{'.'.join(path)}: {error}")
-    for holder, key, _, layer in found: holder[key] = made[id(layer)]
+    for holder, key, _, layer in found:
+        if made[id(layer)] is not layer: holder[key] = made[id(layer)]
     if kept: warnings.warn("left as they are:\n\t" + "\n\t".join(kept), stacklevel=3)
     return model
+
+# %% ../../nbs/14_swap.ipynb #331f373d
+def _unless(fixed, convert, layer):
+    if fixed: raise ValueError("it is in a tuple, where nothing can be replaced")
+    return convert(layer)
 
 # %% ../../nbs/14_swap.ipynb #fca62245
 def upgrade(
@@ -51,8 +60,9 @@ def upgrade(
     """Replace the convolution layers of `mlx.nn` in `model` by ours, in place, channels last.
 
     Weights are shared, as views in PyTorch's shape; dtype, mode and what is frozen stay. Inputs
-    are the same, but must have the weight's dtype and a size that PyTorch accepts. Warns of
-    subclasses that replace a method, which stay. Raises `TypeError` for what is no module.
+    are the same, but must have the weight's dtype and a size that PyTorch accepts. Added arrays and
+    attributes come along. Warns of subclasses that replace or add a method, and of layers in tuples,
+    which stay. Raises `TypeError` for what is no module.
     """
     return _exchange(model, _MLX, from_mlx)
 
@@ -62,8 +72,8 @@ def downgrade(
 ) -> nn.Module:  # `model` itself, or its replacement if it is a convolution layer
     """Replace our channels-last layers in `model` by `mlx.nn`'s, in place, where it has an equal.
 
-    Warns of each layer that stays, with what `mlx.nn` lacks or gets wrong, and of those that take
-    channels first, as none of `mlx.nn`'s does. It draws from `mx.random`. Raises `TypeError` for
+    Warns of each layer that stays, with what `mlx.nn` lacks or gets wrong, of those that take
+    channels first, as none of `mlx.nn`'s does, and of what `upgrade` warns of. It draws from `mx.random`. Raises `TypeError` for
     what is no module.
     """
     return _exchange(model, _ConvNd, _to_mlx_channels_last)
