@@ -19,7 +19,7 @@ _DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64,
 def _dtype_name(dtype): return str(dtype).rpartition(".")[2]
 
 def _check_dtypes(name, input, weight, bias):
-    for what, array in (("weight", weight), ("bias", bias)):
+    for what, array in (("bias", bias), ("weight", weight)):  # in PyTorch's order
         if array is not None and array.dtype != input.dtype:
             raise RuntimeError(f"Input type ({_dtype_name(input.dtype)}) and {what} type "
                                f"({_dtype_name(array.dtype)}) should be the same")

@@ -531,7 +531,7 @@ PHRASES = {  # how else a message names an argument: in PyTorch's words, or by w
     "out_channels": "weight of size|negative dimension", "padding_mode": "mode",
     "kernel_size": "padding|weight of size|kernel size|negative dimension",
     "kernel_sizes": "kernel size", "layer_or_kernel_size": "kernel size|a transposed layer",
-    "layer_or_kernel": "kernel size", "layers": "kernel size|layer", "values": "input dimension",
+    "layer_or_kernel": "kernel size", "layers": "kernel size|layer", "values": "input dimension|dimensions for input",
     "input": "in channels", "input_shape": "input|channels", "size": "input", "dtype": "input type",
     "x": "input|channels|output", "plot": "axes", "steps": "step", "call": "input type",
     "layer_or_output": "output",
