@@ -13,6 +13,7 @@ from flashconv.convert import (
 from flashconv.lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
     LazyConvTranspose3d, materialize)
+from flashconv.plain import plain_operations
 from flashconv.transposed import (
     ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _ConvTransposeNd)
 
@@ -24,4 +25,4 @@ __all__ = [
     "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d", "LazyConvTranspose1d",
     "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "from_torch", "to_torch",
     "from_mlx", "to_mlx", "load_torch_state", "save_torch_state", "to_torch_state",
-    "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm", "explain", "tune", "_ConvNd", "_ConvTransposeNd"]
+    "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm", "explain", "tune", "plain_operations", "_ConvNd", "_ConvTransposeNd"]

@@ -11,6 +11,7 @@ import mlx.core as mx
 from .algorithms.derivatives import add_bias, convolve
 from .arithmetic import as_int, as_ints, conv_geometry, is_channels_last
 from .padding import check_array, pad
+from .plain import convolve_plainly, is_plain
 
 # %% ../nbs/03_functional.ipynb #f0228fcf
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64,
@@ -36,16 +37,20 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     if bias is not None: check_array(name, "bias", bias)
     channels_last = is_channels_last(data_format)
     if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
+    stride = as_ints(stride, n, "stride")
     g = conv_geometry(name, input.shape, weight.shape, None if bias is None else bias.shape,
-                      as_ints(stride, n, "stride"), padding, as_ints(dilation, n, "dilation"),
-                      as_int(groups, "groups"), output_padding, channels_last)
+                      stride, padding, as_ints(dilation, n, "dilation"), as_int(groups, "groups"),
+                      output_padding, channels_last)
     _check_dtypes(name, input, weight, bias)
     batched = input.ndim == n + 2
-    if input.size == 0:
-        return mx.zeros(g.output_shape if batched else g.output_shape[1:], input.dtype)
-    y = convolve(input if batched else input[None], weight, g, force=True)
-    if bias is not None: y = add_bias(y, bias, channels_last)
+    x = input if batched else input[None]
+    if is_plain(): y = convolve_plainly(x, weight, bias, g, stride)
+    elif input.size == 0: y = mx.zeros(g.output_shape, input.dtype)
+    else: y = _with_bias(convolve(x, weight, g, force=True), bias, channels_last)
     return y if batched else mx.squeeze(y, 0)
+
+def _with_bias(y, bias, channels_last):
+    return y if bias is None else add_bias(y, bias, channels_last)
 
 # %% ../nbs/03_functional.ipynb #ec7c8efd
 def _conv(n):

@@ -12,6 +12,7 @@ from numbers import Real
 import mlx.core as mx
 
 from .arithmetic import as_int, check_limit, is_channels_last
+from .plain import is_plain, pad_plainly
 
 # %% ../nbs/01_padding.ipynb #e29b8288
 def _slice(x, axis, start, stop):
@@ -166,7 +167,7 @@ def pad(
     _check_sizes(input.shape, by_axis, mode)
     for place, (axis, amount) in enumerate(by_axis.items()):
         _check_axis(input.shape, axis, *amount, mode, place)
-    return pad_axes(input, by_axis, mode, value)
+    return (pad_plainly if is_plain() else pad_axes)(input, by_axis, mode, value)
 
 # %% ../nbs/01_padding.ipynb #1383811a
 def _amounts(pad):

@@ -15,6 +15,7 @@ from . import functional
 from .arithmetic import as_ints, as_tuple, is_one_of, transposed_output_size
 from .base import _ConvNd
 from .padding import check_array
+from .plain import is_plain, refuse
 
 # %% ../nbs/06_transposed.ipynb #213cf011
 class _ConvTransposeNd(_ConvNd):
@@ -98,6 +99,7 @@ def _output_padding(
     "The `output_padding` that gives `output_size`. ValueError says which sizes there are."
     n = num_spatial_dims
     if output_size is None: return as_tuple(self.output_padding, n)
+    if is_plain(): refuse(f"output_size={output_size}", "output_padding must not depend on sizes")
     if not isinstance(output_size, Sequence) and getattr(output_size, "ndim", 0) != 1:
         raise TypeError("argument 'output_size' must be tuple of ints, not "
                         f"{type(output_size).__name__}")
