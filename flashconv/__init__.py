@@ -15,6 +15,7 @@ from flashconv.convert import (
 from flashconv.lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
     LazyConvTranspose3d, materialize)
+from flashconv.plain import plain_operations
 from flashconv.transposed import (
     ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _ConvTransposeNd)
 
@@ -32,4 +33,4 @@ __all__ = [
     "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "from_torch", "to_torch",
     "from_mlx", "to_mlx", "load_torch_state", "save_torch_state", "to_torch_state",
     "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm", "allow_fft",
-    "allow_fft_everywhere", "explain", "tune", "_ConvNd", "_ConvTransposeNd"]
+    "allow_fft_everywhere", "explain", "tune", "plain_operations", "_ConvNd", "_ConvTransposeNd"]

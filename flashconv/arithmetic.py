@@ -258,6 +258,8 @@ def _check_ranks(name, n, shape, weight_shape):
                            f"{len(weight_shape)}-dimensional weight of size {list(weight_shape)}")
 
 # %% ../nbs/00_arithmetic.ipynb #9affaf0a
+def _shown(value): return list(value) if isinstance(value, tuple) else value  # as PyTorch does
+
 def _check_numbers(groups, padding, output_padding, stride, dilation, kernel):
     lowest = 0 if isinstance(padding, str) else min(padding)
     for wrong, message, value in (
@@ -268,7 +270,7 @@ def _check_numbers(groups, padding, output_padding, stride, dilation, kernel):
         (min(dilation) <= 0, "dilation should be greater than zero", dilation),
         (min(kernel) <= 0, "kernel size should be greater than zero", kernel),
     ):
-        if wrong: raise RuntimeError(f"{message}, but got {value}")
+        if wrong: raise RuntimeError(f"{message}, but got {_shown(value)}")
     for name, value in (("stride", stride), ("dilation", dilation)):
         if max(value) >= 2**63: raise RuntimeError(f"{name} must fit in 64 bits, but got {value}")
 
@@ -310,12 +312,15 @@ def _conv_sizes(spatial, kernel, stride, padding, dilation):
     return output_size(padded, kernel, stride, 0, dilation)
 
 # %% ../nbs/00_arithmetic.ipynb #72f639bd
+_AXES = "depth", "height", "width"
+
 def _transposed_sizes(spatial, kernel, stride, padding, dilation, output_padding):
     "Output sizes of a transposed convolution, or the error that PyTorch raises for them."
     if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation)):
+        numbers = {"output_padding": output_padding, "stride": stride, "dilation": dilation}
         raise RuntimeError("output padding must be smaller than either stride or dilation, but got "
-                           f"output_padding: {output_padding} stride: {stride} "
-                           f"dilation: {dilation}")
+                           + " ".join(f"{name}_{axis}: {value}" for name, values in numbers.items()
+                                      for axis, value in zip(_AXES[-len(values):], values)))
     cut = tuple(lo for lo, _ in padding)
     sizes = transposed_output_size(spatial, kernel, stride, cut, output_padding, dilation)
     if min(sizes) <= 0:

@@ -97,7 +97,7 @@ def _check(in_channels, out_channels, groups, stride, padding, padding_mode):
                          f"stride={stride}")
     if not is_one_of(padding_mode, _PADDING_MODES):
         raise ValueError(f"padding_mode must be one of {_listed(_PADDING_MODES)}, but got "
-                         f"padding_mode={padding_mode!r}")
+                         f"padding_mode='{padding_mode}'")
 
 # %% ../nbs/04_base.ipynb #881be4d1
 def _flag(bias):
@@ -165,12 +165,13 @@ def _on_device(self: _ConvNd):
 @patch
 def extra_repr(self: _ConvNd) -> str:
     "What stands between the parentheses, to the letter as in PyTorch."
-    n = len(self.kernel_size)
     parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
              f"stride={self.stride}"]
-    for name, default in (("padding", (0,) * n), ("dilation", (1,) * n),
-                          ("output_padding", (0,) * n), ("groups", 1)):
-        if getattr(self, name) != default: parts.append(f"{name}={getattr(self, name)}")
+    for name, default in (("padding", 0), ("dilation", 1), ("output_padding", 0)):
+        value = getattr(self, name)
+        if value not in (default, (default,) * len(as_tuple(value, 1))):
+            parts.append(f"{name}={value}")
+    if self.groups != 1: parts.append(f"groups={self.groups}")
     if self.bias is None: parts.append("bias=False")
     if self.padding_mode != "zeros": parts.append(f"padding_mode={self.padding_mode}")
     if self.data_format != "channels_first": parts.append(f"data_format={self.data_format}")

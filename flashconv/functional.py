@@ -13,6 +13,7 @@ from .algorithms.derivatives import convolve
 from .arithmetic import as_int, as_ints, conv_geometry, is_channels_last
 from .kernels import primitive
 from .padding import check_array, pad
+from .plain import convolve_plainly, is_plain
 
 # %% ../nbs/03_functional.ipynb #f0228fcf
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64,
@@ -21,7 +22,7 @@ _DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64,
 def _dtype_name(dtype): return str(dtype).rpartition(".")[2]
 
 def _check_dtypes(name, input, weight, bias):
-    for what, array in (("weight", weight), ("bias", bias)):
+    for what, array in (("bias", bias), ("weight", weight)):  # in PyTorch's order
         if array is not None and array.dtype != input.dtype:
             raise RuntimeError(f"Input type ({_dtype_name(input.dtype)}) and {what} type "
                                f"({_dtype_name(array.dtype)}) should be the same")
@@ -33,7 +34,7 @@ def _check_dtypes(name, input, weight, bias):
 def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups, data_format,
                  output_padding=None):
     "What all six functions do: check, then run. `output_padding` marks a transposed one."
-    if primitive.call is not None and follows_rule():
+    if primitive.call is not None and follows_rule() and not is_plain():
         y = primitive.call(n, input, weight, bias, stride, padding, dilation, groups, data_format,
                            output_padding)
         if y is not None: return y
@@ -42,14 +43,16 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     if bias is not None: check_array(name, "bias", bias)
     channels_last = is_channels_last(data_format)
     if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
+    stride = as_ints(stride, n, "stride")
     g = conv_geometry(name, input.shape, weight.shape, None if bias is None else bias.shape,
-                      as_ints(stride, n, "stride"), padding, as_ints(dilation, n, "dilation"),
-                      as_int(groups, "groups"), output_padding, channels_last)
+                      stride, padding, as_ints(dilation, n, "dilation"), as_int(groups, "groups"),
+                      output_padding, channels_last)
     _check_dtypes(name, input, weight, bias)
     batched = input.ndim == n + 2
-    if input.size == 0:
-        return mx.zeros(g.output_shape if batched else g.output_shape[1:], input.dtype)
-    y = convolve(input if batched else input[None], weight, g, bias, force=True)
+    x = input if batched else input[None]
+    if is_plain(): y = convolve_plainly(x, weight, bias, g, stride)
+    elif input.size == 0: y = mx.zeros(g.output_shape, input.dtype)
+    else: y = convolve(x, weight, g, bias, force=True)
     return y if batched else mx.squeeze(y, 0)
 
 # %% ../nbs/03_functional.ipynb #ec7c8efd

@@ -41,11 +41,14 @@ class UninitializedParameter:
 
     def __getattr__(self, name):
         if name in ("shape", "size", "ndim", "nbytes"):
-            raise RuntimeError(f"Can't access the {name} of an uninitialized parameter. {_REMEDY}")
+            raise RuntimeError(f"Can't access the {name} of an uninitialized parameter or buffer. "
+                               f"{_LOADED} {_REMEDY}")
         if name.startswith("__") or not hasattr(mx.array, name): raise AttributeError(name)
         raise _unusable(name)
 
 # %% ../nbs/07_lazy.ipynb #4f291af1
+_LOADED = ("This error usually happens in `load_state_dict` when trying to load an uninitialized "
+           "parameter into an initialized one.")
 _REMEDY = ("Call the layer, or flashconv.materialize(model, *inputs) on the model that holds it, "
            "to initialize it first.")
 
@@ -133,6 +136,19 @@ def __setitem__(self: _Lazy, key, value):
     self.in_channels = first if self.transposed else second * self.groups
     self.__class__ = self.cls_to_become
 
+# %% ../nbs/07_lazy.ipynb #9159cf5c
+@patch
+def has_uninitialized_params(self: _ConvNd) -> bool:
+    "False: a layer that isn't lazy has its parameters."
+    return False
+
+@patch
+def initialize_parameters(
+    self: _ConvNd,
+    input: mx.array,  # anything
+) -> None:
+    "Nothing: a layer that isn't lazy has its parameters."
+
 # %% ../nbs/07_lazy.ipynb #b02dff3e
 @patch
 def items(self: _Lazy):
@@ -155,8 +171,9 @@ def trainable_parameters(self: _Lazy) -> dict:
 @patch
 def filter_and_map(self: _Lazy, filter_fn, map_fn=None, is_leaf_fn=None) -> dict:
     "The entries of this layer that `filter_fn` keeps, waiting ones included."
-    kept = {key: value for key, value in dict.items(self) if filter_fn(self, key, value)}
-    return {key: map_fn(value) for key, value in kept.items()} if map_fn else kept
+    full = _twin(self)
+    full.__class__ = self.cls_to_become
+    return full.filter_and_map(filter_fn, map_fn, is_leaf_fn)
 
 # %% ../nbs/07_lazy.ipynb #7f309f8b
 @patch

@@ -11,7 +11,8 @@ from numbers import Real
 
 import mlx.core as mx
 
-from .arithmetic import as_ints, check_limit, is_channels_last
+from .arithmetic import as_int, check_limit, is_channels_last
+from .plain import is_plain, pad_plainly
 
 # %% ../nbs/01_padding.ipynb #e29b8288
 def _slice(x, axis, start, stop):
@@ -70,6 +71,11 @@ def pad_axes(
 
 # %% ../nbs/01_padding.ipynb #ff8ca9f2
 _MODES = ("constant", "reflect", "replicate", "circular")
+_SUPPORTED = "\n  - ".join((
+    "Supported combinations for non-constant padding:",
+    "2D or 3D input: padding size = 2 (pads last dimension)",
+    "3D or 4D input: padding size = 4 (pads last 2 dimensions)",
+    "4D or 5D input: padding size = 6 (pads last 3 dimensions)"))
 
 def _check_pad(shape, amounts, mode, value):
     "The rules for the list of amounts."
@@ -80,37 +86,51 @@ def _check_pad(shape, amounts, mode, value):
                            f"dimension but got padding length {2 * axes} and input of dimension "
                            f"{n}")
     if not isinstance(mode, str):
-        raise TypeError(f"pad(): argument 'mode' must be str, not {type(mode).__name__}")
+        raise TypeError("pad(): argument 'mode' (position 3) must be str, not "
+                        f"{type(mode).__name__}")
     if mode not in _MODES:
         raise NotImplementedError(f"Unrecognised padding mode {mode}, should be one of {_MODES}")
     if mode == "constant": return
     if value: raise RuntimeError(f'Padding mode "{mode}" doesn\'t take in value argument')
     if axes not in (1, 2, 3) or n - axes not in (1, 2):
-        raise NotImplementedError(
-            f"Padding size {2 * axes} is not supported for {n}D input tensor.\nSupported "
-            "combinations for non-constant padding: size 2 for 2D or 3D, 4 for 3D or 4D, 6 for 4D "
-            "or 5D input")
+        raise NotImplementedError(f"Padding size {2 * axes} is not supported for {n}D input "
+                                  f"tensor.\n{_SUPPORTED}")
 
 # %% ../nbs/01_padding.ipynb #38913bb5
-def _check_axis(shape, axis, before, after, mode):
-    "The rules for the amounts on one axis."
-    n = shape[axis]
+def _check_axis(shape, axis, before, after, mode, place=0):
+    "The rules for the amounts on one axis, which stands at `place` from the last one padded."
+    n, at = shape[axis], f"({before}, {after}) at dimension {axis} of input {list(shape)}"
     cropped = n + min(before, 0) + min(after, 0)
     if (n + before + after if mode in ("reflect", "replicate") else cropped) < 0:
-        raise RuntimeError(f"The input size {n}, plus negative padding {before} and {after}, "
-                           "resulted in a negative output size, which is invalid. Check dimension "
-                           f"{axis} of your input.")
+        words = "Negative padding value is resulting in an empty dimension"
+        if mode == "constant": words = f"narrow(): length must be non-negative. {words}"
+        raise RuntimeError(f"{words}. The input size {n}, plus negative padding {before} and "
+                           f"{after}, resulted in a negative output size, which is invalid. Check "
+                           f"dimension {axis} of your input.")
     if mode == "reflect" and max(before, after) >= max(n, 1):
-        raise RuntimeError("Argument #4: Padding size should be less than the corresponding input "
-                           f"dimension, but got: padding ({before}, {after}) at dimension {axis} "
-                           f"of input {list(shape)}")
+        raise RuntimeError(f"Argument #{4 + 2 * place}: Padding size should be less than the "
+                           f"corresponding input dimension, but got: padding {at}")
     if mode == "circular" and max(before, after) > cropped:
         raise RuntimeError("Padding value causes wrapping around more than once. Got padding "
-                           f"({before}, {after}) at dimension {axis} of input {list(shape)}")
-    if mode == "replicate" and n == 0 and max(before, after) > 0:
-        raise RuntimeError("Expected input with possibly 0 batch size and other non-zero "
-                           f"dimensions, but got: {list(shape)}")
+                           f"{at}")
     check_limit((*shape[:axis], n + max(before, 0) + max(after, 0), *shape[axis + 1 :]))
+
+
+# %% ../nbs/01_padding.ipynb #566eeef9
+def _check_sizes(shape, by_axis, mode):
+    "What `reflect` and `replicate` ask of the whole input."
+    if mode not in ("reflect", "replicate"): return
+    axes, names = sorted(by_axis), "DHW"[-len(by_axis) :]
+    if 0 in shape[len(shape) - len(by_axis) - 1 :]:
+        raise RuntimeError(f"Expected {len(axes) + 1}D or {len(axes) + 2}D (batch mode) tensor "
+                           "with possibly 0 batch size and other non-zero dimensions for input, "
+                           f"but got: {list(shape)}")
+    left = [shape[axis] + sum(by_axis[axis]) for axis in axes]
+    if max(left) < 1:
+        had, gives = (" ".join(f"{name}: {size}" for name, size in zip(names, sizes))
+                      for sizes in ([shape[axis] for axis in axes], left))
+        had = had.replace(" W:", ", W:")  # as PyTorch writes it
+        raise RuntimeError(f"input ({had}) is too small. Calculated output {gives}")
 
 # %% ../nbs/01_padding.ipynb #13e1247f
 def check_array(
@@ -144,22 +164,26 @@ def pad(
     last = is_channels_last(data_format)
     _check_pad(input.shape, amounts, mode, value)
     by_axis = _by_axis(input.shape, amounts, last)
-    for axis, amount in by_axis.items(): _check_axis(input.shape, axis, *amount, mode)
-    return pad_axes(input, by_axis, mode, value)
+    _check_sizes(input.shape, by_axis, mode)
+    for place, (axis, amount) in enumerate(by_axis.items()):
+        _check_axis(input.shape, axis, *amount, mode, place)
+    return (pad_plainly if is_plain() else pad_axes)(input, by_axis, mode, value)
 
 # %% ../nbs/01_padding.ipynb #1383811a
 def _amounts(pad):
     "PyTorch's list of amounts as ints."
     if not isinstance(pad, (tuple, list)):
-        raise TypeError(f"pad(): argument 'pad' must be tuple of ints, not {type(pad).__name__}")
-    return as_ints(pad, len(pad), "pad") if pad else ()
+        raise TypeError("pad(): argument 'pad' (position 2) must be tuple of ints, not "
+                        f"{type(pad).__name__}")
+    return tuple(as_int(amount, "pad", "tuple of ints") for amount in pad)
 
 # %% ../nbs/01_padding.ipynb #c8bf3dbb
 def _constant(value, dtype):
     "The value to pad with as a number of `dtype`."
     if value is None: return 0
     if not isinstance(value, Real):
-        raise TypeError(f"pad(): argument 'value' must be float, not {type(value).__name__}")
+        raise TypeError("pad(): argument 'value' (position 4) must be float, not "
+                        f"{type(value).__name__}")
     if dtype == mx.bool_: return bool(value)
     inexact = mx.issubdtype(dtype, mx.inexact)
     limits = (mx.finfo if inexact else mx.iinfo)(dtype)

@@ -15,6 +15,7 @@ from . import functional
 from .arithmetic import as_ints, as_tuple, is_one_of, transposed_output_size
 from .base import _ConvNd
 from .padding import check_array
+from .plain import is_plain, refuse
 
 # %% ../nbs/06_transposed.ipynb #213cf011
 class _ConvTransposeNd(_ConvNd):
@@ -42,15 +43,13 @@ class _ConvTransposeNd(_ConvNd):
         *,
         data_format: str = "channels_first",  # 'channels_last': (N, *spatial, channels)
     ):
-        self._check_padding_mode(padding_mode)
+        if not is_one_of(padding_mode, ("zeros",)):
+            raise ValueError('Only "zeros" padding mode is supported for '
+                             f"{type(self).__name__}, but got padding_mode={padding_mode!r}")
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation,
                          transposed, output_padding, groups, bias, padding_mode, device, dtype,
                          data_format=data_format)
 
-    def _check_padding_mode(self, padding_mode):
-        if is_one_of(padding_mode, ("zeros",)): return
-        raise ValueError('Only "zeros" padding mode is supported for '
-                         f"{type(self).__name__}, but got padding_mode={padding_mode!r}")
 
 # %% ../nbs/06_transposed.ipynb #8191109b
 class _ConvTranspose(_ConvTransposeNd):
@@ -100,21 +99,26 @@ def _output_padding(
     "The `output_padding` that gives `output_size`. ValueError says which sizes there are."
     n = num_spatial_dims
     if output_size is None: return as_tuple(self.output_padding, n)
+    if is_plain(): refuse(f"output_size={output_size}", "output_padding must not depend on sizes")
     if not isinstance(output_size, Sequence) and getattr(output_size, "ndim", 0) != 1:
         raise TypeError("argument 'output_size' must be tuple of ints, not "
                         f"{type(output_size).__name__}")
     leading, given = input.ndim - n, len(output_size)
+    if leading not in (1, 2):
+        raise RuntimeError(f"Expected {n + 1}D (unbatched) or {n + 2}D (batched) input to "
+                           f"conv_transpose{n}d, but got input of size: {list(input.shape)}")
     if given not in (n, n + leading):
         raise ValueError(f"ConvTranspose{n}D: for {input.ndim}D input, output_size must have {n} "
                          f"or {n + leading} elements (got {given})")
     wanted = as_ints(tuple(output_size)[given - n :], n, "output_size")
+    shown = list(wanted) if isinstance(output_size, list) else wanted  # as it came
     last = self.data_format == "channels_last"
     spatial = input.shape[leading - last : input.ndim - last]
     smallest = transposed_output_size(spatial, kernel_size, stride, padding, 0,
                                       1 if dilation is None else dilation)
     largest = tuple(size + s - 1 for size, s in zip(smallest, stride))
     if any(not lo <= size <= hi for lo, size, hi in zip(smallest, wanted, largest)):
-        raise ValueError(f"requested an output size of {wanted}, but valid sizes range from "
+        raise ValueError(f"requested an output size of {shown}, but valid sizes range from "
                          f"{list(smallest)} to {list(largest)} (for an input of {list(spatial)})")
     return tuple(size - lo for size, lo in zip(wanted, smallest))
 
@@ -129,7 +133,9 @@ def __call__(
     n = self.num_spatial_dims
     conv = (functional.conv_transpose1d, functional.conv_transpose2d,
             functional.conv_transpose3d)[n - 1]
-    self._check_padding_mode(self.padding_mode)
+    if not is_one_of(self.padding_mode, ("zeros",)):
+        raise ValueError(f"Only `zeros` padding mode is supported for {type(self).__name__}, but "
+                         f"got padding_mode={self.padding_mode!r}")
     check_array(type(self).__name__, "input", input)
     stride, padding, dilation = (as_ints(getattr(self, name), n, name)
                                  for name in ("stride", "padding", "dilation"))

@@ -4,6 +4,7 @@ The exception is of PyTorch's type (or a subtype) and carries the core of PyTorc
 ends the process, and a failed call changes no layer.
 """
 import json
+import re
 import subprocess
 import sys
 import types
@@ -322,7 +323,7 @@ def test_mixed_dtypes_name_both(what):
     "No silent promotion; the message names the two dtypes."
     x, w, b = mx.ones((1, 2, 4)), mx.ones((3, 2, 2)), mx.ones((3,))
     if what == "weight": w = w.astype(mx.float16)
-    b = b.astype(mx.float16)
+    else: b = b.astype(mx.float16)
     words = rf"Input type \(float32\) and {what} type \(float16\) should be the same"
     with pytest.raises(RuntimeError, match=words):
         flashconv.functional.conv1d(x, w, b)
@@ -355,6 +356,72 @@ def test_data_format(data_format):
                     lambda: flashconv.Conv1d(1, 1, 1, **kw),
                     lambda: flashconv.LazyConv1d(1, 1, **kw)):
         with pytest.raises(ValueError, match="channels_first.*channels_last"): mistake()
+
+
+# Letters -------------------------------------------------------------------------------------
+
+def changed(name, attribute, value, *shape, **kw):
+    "A call of a layer of which an attribute was changed."
+    def call(L):
+        layer = getattr(L.nn, name)(*(4,) * ("Lazy" not in name), 4, 3, **kw)
+        setattr(layer, attribute, value)
+        return layer(L.ones(*shape))
+    return call
+
+
+LETTERS = [  # ours begins with the whole of PyTorch's message
+    *(lambda L, mode=mode: L.nn.Conv2d(4, 4, 3, padding_mode=mode)
+      for mode in (3, None, ("zeros",), "a'b", "xyz")),
+    lambda L: L.nn.LazyConv1d(4, 3, padding_mode=3),
+    lambda L: L.nn.ConvTranspose2d(4, 4, 3, padding_mode=3),
+    changed("ConvTranspose1d", "padding_mode", "reflect", 1, 4, 8),
+    changed("ConvTranspose2d", "padding_mode", "circular", 1, 4, 8, 8),
+    changed("ConvTranspose3d", "padding_mode", 3, 1, 4, 8, 8, 8),
+    changed("LazyConvTranspose2d", "padding_mode", "reflect", 1, 4, 8, 8),
+    changed("Conv2d", "padding_mode", "foo", 1, 4, 8, 8),
+    changed("Conv2d", "padding", "foo", 1, 4, 8, 8),
+    changed("Conv2d", "dilation", 0, 1, 4, 8, 8),
+    changed("Conv2d", "groups", 2, 1, 4, 8, 8),
+    *(lambda L, size=size: up(L, size) for size in ((12, 12), [12, 12], (1, 1, 8, 9), [9, 9, 9])),
+    lambda L: L.nn.ConvTranspose1d(1, 1, 3, 2)(L.ones(1, 1, 4), [12]),
+    lambda L: L.nn.ConvTranspose3d(1, 1, 3, 2)(L.ones(1, 1, 4, 4, 4), (9, 9, 12)),
+    lambda L: L.F.conv_transpose2d(L.ones(1, 1, 4, 4), L.ones(1, 1, 3, 3), output_padding=(0, 2)),
+    lambda L: L.F.conv_transpose3d(L.ones(1, 1, 4, 4, 4), L.ones(1, 1, 3, 3, 3), None, (1, 2, 1),
+                                   output_padding=2),
+    lambda L: L.nn.LazyConv2d(4, 3)(L.ones(3, 4)),
+    *(lambda L, pad=pad: L.F.pad(L.ones(1, 2, 4, 4), pad)
+      for pad in ((-3, -2), (-5, 0), (0, 0, -5, 1), (0, 0, 0, 0, -3, 0), (1,), (1,) * 10, 1, None)),
+    *(lambda L, pad=pad: L.F.pad(L.ones(1, 2, 4, 4), pad, "circular")
+      for pad in ((-3, -2, 0, 0), (0, 0, -5, 0), (5, 0, 0, 0), (1, 1))),
+    *(lambda L, pad=pad, mode=mode: L.F.pad(L.ones(1, 2, 4, 4), pad, mode)
+      for mode in ("reflect", "replicate")
+      for pad in ((-5, 0, -4, 0), (-2, -2, -4, 0), (1, 1), (1,) * 10)),
+    *(lambda L, pad=pad, mode=mode: L.F.pad(L.ones(1, 2, 4), pad, mode)
+      for mode in ("reflect", "replicate") for pad in ((-4, 0), (-3, -2), (-5, 1), (1,) * 6)),
+    *(lambda L, pad=pad: L.F.pad(L.ones(1, 2, 4, 4, 4), pad, "reflect")
+      for pad in ((4, 0, 0, 0, 0, 0), (0, 0, 0, 4, 0, 0), (0, 0, 0, 0, 5, 0), (-4, 0) * 3)),
+    lambda L: L.F.pad(L.ones(1, 2, 3, 4, 5), (-5, 0, -5, 0, -5, 0), "replicate"),
+    *(lambda L, shape=shape, mode=mode: L.F.pad(L.ones(*shape), (1, 1) * (len(shape) - 2), mode)
+      for mode in ("reflect", "replicate")
+      for shape in ((1, 2, 0), (1, 0, 4), (1, 2, 0, 4), (0, 0, 4, 4), (1, 2, 4, 4, 0))),
+    lambda L: L.F.pad(L.ones(1, 2, 4), (1, 1), 3),
+    lambda L: L.F.pad(L.ones(1, 2, 4), (1, 1), "constant", "a"),
+]
+
+
+def letters(error):
+    "A message without what Python's sets and PyTorch's sizes put into it."
+    text = re.sub(r"torch\.Size\((\[.*?\])\)", r"\1", str(error)).replace("W: 4 )", "W: 4)")
+    text = re.sub(r"\{'.*?'\}", lambda found: str(sorted(eval(found[0]))), text)
+    return text.replace("[[", "[").replace("]]", "]").rstrip(".")
+
+
+@pytest.mark.parametrize("mistake", LETTERS, ids=range(len(LETTERS)))
+def test_letter_by_letter(mistake):
+    "The same type, and the whole of PyTorch's message at the start of ours."
+    with pytest.raises(Exception) as theirs: mistake(THEIRS)
+    with pytest.raises(type(theirs.value)) as ours: mistake(OURS)
+    assert letters(ours.value).startswith(letters(theirs.value))
 
 
 # Types ---------------------------------------------------------------------------------------

@@ -109,6 +109,25 @@ def test_repr_and_attributes(name, kw):
     assert (ours.bias is None) == (theirs.bias is None)
 
 
+@pytest.mark.parametrize("name", EAGER + LAZY)
+@pytest.mark.parametrize("kw", [
+    {}, {"stride": (1,)}, {"kernel_size": (3,)}, {"dilation": (1,)}, {"padding": (0,)},
+    {"kernel_size": (3,), "stride": (1,), "padding": (0,), "dilation": (1,)},
+    {"kernel_size": (3, 3, 3, 3)}, {"dilation": (1, 1, 1, 1)}, {"padding": (0,) * 4},
+    {"stride": (2,), "padding": (1,), "dilation": (2,)}, {"dilation": [1]}, {"padding": [0]},
+    {"output_padding": (0,)}, {"output_padding": (1,)}, {"output_padding": (0,) * 4}], ids=str)
+def test_repr_of_tuples_of_any_length(name, kw):
+    "PyTorch leaves out zeros and ones however many there are, given or assigned."
+    if "output_padding" in kw and "Transpose" not in name: pytest.skip("no such argument")
+    ours, theirs = build(name, *(() if "Lazy" in name else (4,)), 6, **{"kernel_size": 3} | kw)
+    assert repr(ours) == repr(theirs)
+    for key, value in kw.items():
+        for layer in build(name, *(() if "Lazy" in name else (4,)), 6, kernel_size=3):
+            setattr(layer, key, value)
+            ours, theirs = (layer, theirs) if isinstance(layer, fc._ConvNd) else (ours, layer)
+    assert repr(ours) == repr(theirs)
+
+
 def test_repr_of_the_data_format():
     "What PyTorch does not have is printed only where it is not the default."
     assert repr(fc.Conv1d(1, 1, 1, data_format="channels_last")) == (

@@ -554,3 +554,31 @@ def test_a_lazy_subclass_without_a_full_one(torch):
     ours, theirs = Ours(4, 3), Theirs(4, 3)
     ours(mx.ones((1, 3, 5, 5))), theirs(torch.ones(1, 3, 5, 5))
     assert type(ours) is fc.Conv2d and type(theirs) is torch.nn.Conv2d
+
+
+@pytest.mark.parametrize("fill", (
+    lambda layer, x: layer.initialize_parameters(x),
+    lambda layer, x: (layer.initialize_parameters(x), layer.initialize_parameters(x)),
+    lambda layer, x: layer.load_state_dict(fc.Conv2d(2, 4, 3).state_dict()),
+    lambda layer, x: layer.load_weights(list(fc.Conv2d(2, 4, 3).state_dict().items())),
+    lambda layer, x: fc.materialize(layer, x),
+    lambda layer, x: layer(x)), ids=range(6))
+def test_a_filled_layer_still_answers(fill):
+    "However it came by its parameters, it says that none waits, and keeps them when asked again."
+    layer, x = fc.LazyConv2d(4, 3), mx.ones((1, 2, 8, 8))
+    assert layer.has_uninitialized_params() is True
+    fill(layer, x)
+    weight = layer.weight
+    assert layer.has_uninitialized_params() is False
+    layer.initialize_parameters(x)
+    assert layer.weight is weight and layer.has_uninitialized_params() is False
+
+
+def test_what_pytorch_answers_after_initialize_parameters():
+    "The judge of the test above: no parameter waits, a second initialization changes nothing."
+    torch = pytest.importorskip("torch", reason="PyTorch, the judge, is not installed")
+    layer, x = torch.nn.LazyConv2d(4, 3), torch.ones(1, 2, 8, 8)
+    layer.initialize_parameters(x)
+    weight = layer.weight.clone()
+    layer.initialize_parameters(x)
+    assert layer.has_uninitialized_params() is False and torch.equal(layer.weight, weight)
