@@ -51,12 +51,15 @@ def _conv_forward(
 ) -> mx.array:  # the layer's output
     "The layer with these parameters. Subclasses that transform the weight override it."
     conv = (functional.conv1d, functional.conv2d, functional.conv3d)[self.num_spatial_dims - 1]
-    padding = self.padding
+    # mlx.nn keeps tuples in the module, which is a dict: found there ten times sooner.
+    stride = self.get("stride") or self.stride
+    padding = self.get("padding") or self.padding
+    dilation = self.get("dilation") or self.dilation
     if not is_one_of(self.padding_mode, ("zeros",)):
         input = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode,
                                data_format=self.data_format)
         padding = 0
-    return conv(input, weight, bias, self.stride, padding, self.dilation, self.groups,
+    return conv(input, weight, bias, stride, padding, dilation, self.groups,
                 data_format=self.data_format)
 
 # %% ../nbs/05_conv.ipynb #0dcfb08b
@@ -66,6 +69,7 @@ def __call__(
     input: mx.array,  # (N, in_channels, *spatial) or (in_channels, *spatial)
 ) -> mx.array:  # (N, out_channels, *spatial), unbatched as the input is
     "Convolve. Raises `RuntimeError`, in PyTorch's words, for an input that does not fit."
+    if self.device is None: return self._conv_forward(input, self.weight, self.bias)
     with self._on_device(): return self._conv_forward(input, self.weight, self.bias)
 
 # %% ../nbs/05_conv.ipynb #2d068b9b

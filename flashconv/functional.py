@@ -41,6 +41,7 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     check_array(name, "input", input)
     check_array(name, "weight", weight)
     if bias is not None: check_array(name, "bias", bias)
+    if output_padding is not None: output_padding = as_ints(output_padding, n, "output_padding")
     channels_last = is_channels_last(data_format)
     if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
     stride = as_ints(stride, n, "stride")
@@ -91,7 +92,6 @@ def _conv_transpose(n):
     ) -> mx.array:  # (N, out_channels, *spatial), unbatched as the input is
         if isinstance(padding, str):
             raise TypeError(f"{name}(): argument 'padding' must be tuple of ints, not str")
-        output_padding = as_ints(output_padding, n, "output_padding")
         return _convolution(name, n, input, weight, bias, stride, padding, dilation, groups,
                             data_format, output_padding)
     name = f"conv_transpose{n}d"

