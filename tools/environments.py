@@ -130,11 +130,11 @@ def cloned(folder):
 
 # Pythons and packages ------------------------------------------------------------------------
 
-def requirements(key="requirements"):
-    "What settings.ini asks for, at run time or else."
+def requirements():
+    "What settings.ini asks for at run time."
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    return settings["DEFAULT"][key].split()
+    return settings["DEFAULT"]["requirements"].split()
 
 
 def find(version):
@@ -171,12 +171,12 @@ def on(version, oldest=False):
     """
     python = find(version)
     if python is None: return None, "not installed"
-    wanted = [name.replace(">=", "==") for name in requirements()] if oldest else requirements()
-    wanted = [re.sub(r"^mlx\b", "mlx[cpu]", name) for name in wanted]
-    if not oldest: wanted += [*requirements("dev_requirements"), "scipy-openblas32"]
+    wanted = ["-e", f"{ROOT}[cpu,dev]", "scipy-openblas32"]
+    if oldest:
+        wanted = [re.sub(r"^mlx\b", "mlx[cpu]", name.replace(">=", "==")) for name in requirements()]
+        wanted += ["pytest", "safetensors"]
     with tempfile.TemporaryDirectory() as folder:
-        try: inside = environment(folder, python, *wanted, "pytest", "safetensors",
-                                  *filter(None, [TORCH]))
+        try: inside = environment(folder, python, *wanted, *filter(None, [TORCH]))
         except subprocess.CalledProcessError as error: return False, f"not installable: {error}"
         return tested(inside, CORE if oldest else CORE + BOOK)
 
