@@ -49,8 +49,9 @@ def hidden(folder):
     """LD_LIBRARY_PATH under which the linker finds no BLAS of the system by its name.
 
     It looks there first, and ends its search at the empty files that stand there under each name
-    that flashconv asks for. No rights are needed for that. A library that is preloaded or named
-    with its path is still found, and so are those in site-packages.
+    that flashconv asks for. No rights are needed for that. Still found are a library that is
+    preloaded or named with its path, those in site-packages, and those in the folder of a Python
+    that looks there first, as conda's does.
     """
     code = ast.parse((ROOT / "flashconv" / "blas.py").read_text(encoding="utf-8"))
     names, = (ast.literal_eval(node.value) for node in code.body
@@ -111,6 +112,7 @@ def within(name, command, **more):
 
 def around(name, clone):
     "Whether `make test` passes in surroundings, with what pytest says last and what failed."
+    if sys.platform != "linux": return None, "these surroundings are Linux's"
     command = ["make", "test", f"VENV={clone}/.venv", f"TESTS={os.environ.get('TESTS', '')}"]
     try: done = within(name, command, cwd=clone, capture_output=True, text=True)
     except FileNotFoundError as error: return None, str(error)
@@ -130,11 +132,11 @@ def cloned(folder):
 
 # Pythons and packages ------------------------------------------------------------------------
 
-def requirements(key="requirements"):
-    "What settings.ini asks for, at run time or else."
+def requirements():
+    "What settings.ini asks for at run time."
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    return settings["DEFAULT"][key].split()
+    return settings["DEFAULT"]["requirements"].split()
 
 
 def find(version):
@@ -171,12 +173,12 @@ def on(version, oldest=False):
     """
     python = find(version)
     if python is None: return None, "not installed"
-    wanted = [name.replace(">=", "==") for name in requirements()] if oldest else requirements()
-    wanted = [re.sub(r"^mlx\b", "mlx[cpu]", name) for name in wanted]
-    if not oldest: wanted += [*requirements("dev_requirements"), "scipy-openblas32"]
+    wanted = ["-e", f"{ROOT}[cpu,dev]", "scipy-openblas32"]
+    if oldest:
+        wanted = [re.sub(r"^mlx\b", "mlx[cpu]", name.replace(">=", "==")) for name in requirements()]
+        wanted += ["pytest", "safetensors"]
     with tempfile.TemporaryDirectory() as folder:
-        try: inside = environment(folder, python, *wanted, "pytest", "safetensors",
-                                  *filter(None, [TORCH]))
+        try: inside = environment(folder, python, *wanted, *filter(None, [TORCH]))
         except subprocess.CalledProcessError as error: return False, f"not installable: {error}"
         return tested(inside, CORE if oldest else CORE + BOOK)
 
@@ -221,7 +223,7 @@ def run(names):
     with tempfile.TemporaryDirectory() as folder:
         clone = None
         for name in names:
-            if name in SURROUNDINGS: clone = clone or cloned(folder)
+            if name in SURROUNDINGS and clone is None: clone = cloned(folder)
             passed, words = around(name, clone) if name in SURROUNDINGS else JOBS[name]()
             how = {True: "passed", False: "FAILED", None: "absent"}[passed]
             print(f"{name:11} {how}: {words}", flush=True)
