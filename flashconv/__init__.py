@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from flashconv import blas, functional, memory
+from flashconv import blas, functional, init, memory
 from flashconv.algorithms.choice import algorithm
 from flashconv.algorithms.explain import explain, tune
 from flashconv.base import _ConvNd
@@ -21,7 +21,7 @@ blas.load()  # a fast one, on Linux CPUs, whether or not MLX was imported before
 memory.raise_cache_limit()  # on CPUs too
 
 __all__ = [
-    "blas", "functional", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
+    "blas", "functional", "init", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
     "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d", "LazyConvTranspose1d",
     "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "from_torch", "to_torch",
     "from_mlx", "to_mlx", "load_torch_state", "save_torch_state", "to_torch_state",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_operations', 'is_plain', 'refuse', 'check_plain', 'pad_plainly', 'convolve_plainly']
 
-# %% ../nbs/18_plain.ipynb #a3d2bb13
+# %% ../nbs/18_plain.ipynb #d1f2d55c
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .arithmetic import Geometry
 
-# %% ../nbs/18_plain.ipynb #fd8f4ecc
+# %% ../nbs/18_plain.ipynb #e522772c
 _mode = ContextVar("plain_operations", default=False)
 
 @contextmanager
@@ -33,7 +33,7 @@ def is_plain() -> bool:
     "Whether this is inside a block of `plain_operations`."
     return _mode.get()
 
-# %% ../nbs/18_plain.ipynb #6e339939
+# %% ../nbs/18_plain.ipynb #499b67ec
 def refuse(
     what: str,  # that a call asks for
     rule: str,  # that it breaks
@@ -47,7 +47,7 @@ def check_plain(
     "Refuse arrays without values, whose results don't depend on the function."
     if array.size == 0: refuse(f"an input of size {list(array.shape)}", "it must have values")
 
-# %% ../nbs/18_plain.ipynb #5eb0302c
+# %% ../nbs/18_plain.ipynb #2fb799a7
 def _line(x, axis):
     "Ones (1, n, 1) where `x` has n entries along an axis."
     first = mx.zeros((1,) * x.ndim, mx.int32)
@@ -67,7 +67,7 @@ def _length(line):
 
 def _counted(line): return mx.cumsum(mx.flatten(line).astype(mx.int32)) - 1
 
-# %% ../nbs/18_plain.ipynb #0562733a
+# %% ../nbs/18_plain.ipynb #2ed7b863
 def _read(x, axis, places, inside=None, value=0):
     "`x` at places along an axis, and `value` where they are not `inside`."
     others = [a for a in range(x.ndim) if a != axis]
@@ -79,7 +79,7 @@ def _read_padded(x, axis, places, n, value=0):
     "`x` of length n along an axis, and `value` before and after it."
     return _read(x, axis, mx.clip(places, 0, n - 1), (places >= 0) & (places < n), value)
 
-# %% ../nbs/18_plain.ipynb #6a2f6134
+# %% ../nbs/18_plain.ipynb #198f754c
 def _padded(x, axis, before, after, mode, value):
     "`x` continued or cropped along one axis."
     line = _line(x, axis)
@@ -95,7 +95,7 @@ def _padded(x, axis, before, after, mode, value):
     if mode == "circular": places = cut[0] + (places - cut[0]) % (n - sum(cut))
     return _read(x, axis, places)
 
-# %% ../nbs/18_plain.ipynb #28b1c3b3
+# %% ../nbs/18_plain.ipynb #15e72810
 def pad_plainly(
     x: mx.array,  # any shape
     amounts: dict,  # axis -> (before, after); a negative amount crops
@@ -108,7 +108,7 @@ def pad_plainly(
         if before or after: x = _padded(x, axis, before, after, mode, value)
     return x
 
-# %% ../nbs/18_plain.ipynb #801fe61b
+# %% ../nbs/18_plain.ipynb #6b1962df
 def _covered(x, axis, kernel_size, stride, padding, dilation):
     "What the windows cover along one axis, zeros of the padding included."
     line = _line(x, axis)
@@ -117,7 +117,7 @@ def _covered(x, axis, kernel_size, stride, padding, dilation):
     places = _counted(mx.ones_like(seen)) - padding
     return _read_padded(x, axis, places, _length(line)) if padding else _read(x, axis, places)
 
-# %% ../nbs/18_plain.ipynb #b942359e
+# %% ../nbs/18_plain.ipynb #34143880
 def _forward(x, w, g, stride):
     "A convolution, channels last."
     padding = list(g.padding)
@@ -127,7 +127,7 @@ def _forward(x, w, g, stride):
     return mx.conv_general(x, mx.moveaxis(w, 1, -1), stride, tuple(zip(*padding)), g.dilation,
                            groups=g.groups)
 
-# %% ../nbs/18_plain.ipynb #4972c479
+# %% ../nbs/18_plain.ipynb #1a148d2d
 def _transposed(x, w, g, stride):
     "A transposed convolution, channels last."
     w = w.reshape(g.groups, len(w) // g.groups, *w.shape[1:]).swapaxes(1, 2)
@@ -143,7 +143,7 @@ def _transposed(x, w, g, stride):
         if any(rest): y = _padded(y, axis, *rest, "constant", 0)
     return y
 
-# %% ../nbs/18_plain.ipynb #5d437c54
+# %% ../nbs/18_plain.ipynb #5cb1f575
 _DTYPES, _HALF = (mx.float32, mx.float16, mx.bfloat16), (mx.float16, mx.bfloat16)
 
 def convolve_plainly(
@@ -162,7 +162,7 @@ def convolve_plainly(
     if bias is not None: y = y + bias
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
 
-# %% ../nbs/18_plain.ipynb #2c675ec8
+# %% ../nbs/18_plain.ipynb #90e78ecb
 def _check(x, g, stride):
     "Refuse what MLX's convolution can't do."
     check_plain(x)
