@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 import os
 
-from flashconv import blas, functional, memory
+from flashconv import blas, functional, init, kernels, memory
 from flashconv.algorithms.choice import algorithm, allow_fft, allow_fft_everywhere
 from flashconv.algorithms.explain import explain, tune
 from flashconv.base import _ConvNd
@@ -28,9 +28,10 @@ if _effects == "on":
     memory.raise_cache_limit()  # on CPUs too
 
 __all__ = [
-    "blas", "functional", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
-    "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d", "LazyConvTranspose1d",
-    "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "from_torch", "to_torch",
-    "from_mlx", "to_mlx", "load_torch_state", "save_torch_state", "to_torch_state",
-    "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm", "allow_fft",
-    "allow_fft_everywhere", "explain", "tune", "plain_operations", "_ConvNd", "_ConvTransposeNd"]
+    "blas", "functional", "init", "kernels", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d",
+    "ConvTranspose2d", "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d",
+    "LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize",
+    "from_torch", "to_torch", "from_mlx", "to_mlx", "load_torch_state", "save_torch_state",
+    "to_torch_state", "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm",
+    "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations", "_ConvNd",
+    "_ConvTransposeNd"]

@@ -234,7 +234,8 @@ def test_whole_models():
         def __call__(self, x):
             return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
     model = nn.Sequential(fc.LazyConv2d(8, 3, padding=1), nn.ReLU(),
-                          Standardised(8, 8, 3, stride=2), nn.ReLU(), fc.ConvTranspose2d(8, 2, 4, 2, 1))
+                          Standardised(8, 8, 3, stride=2), nn.ReLU(),
+                          fc.ConvTranspose2d(8, 2, 4, 2, 1))
     fc.materialize(model, mx.zeros((1, 3, 16, 16)))
     mx.eval(model.parameters())
     f = compiled(model, mx.random.normal((1, 3, 16, 16)))
