@@ -213,6 +213,7 @@ def _attributes(theirs, known, torch):
                  and not callable(value) and not hasattr(value, "__get__")}
     return {name: value for name, value in (constants | vars(theirs)).items() if name not in own}
 
+# %% ../../nbs/08_convert.ipynb #cebaf3f3
 def _mapped(value, kinds, convert):
     "`value` with `convert` applied to objects of `kinds`, in containers too."
     if isinstance(value, kinds): return convert(value)
@@ -452,10 +453,10 @@ def from_mlx(
 ) -> nn.Module:  # flashconv's layer of that name, channels last
     """mlx.nn's layer as flashconv's, for the same batched inputs, with a copy of the parameters.
 
-    Where MLX's transposed convolution is wrong, the result is PyTorch's. Keeps dtype, training mode,
-    what is frozen, and arrays and plain attributes that were added. A call refuses what PyTorch
-    refuses: an input of another dtype than the weight's, negative padding. Raises `TypeError` for
-    other types, `ValueError` for subclasses with methods of their own and for layers in `layer`.
+    Where MLX's transposed convolution is wrong, the result is PyTorch's. Keeps dtype, mode, what is
+    frozen, and arrays and plain attributes that were added. A call refuses what PyTorch refuses: an
+    input of another dtype than the weight's, negative padding. Raises `TypeError` for other types,
+    `ValueError` for subclasses with methods of their own and for layers in `layer`.
     """
     cls = _class_of(layer, "mlx.nn", vars(nn))
     place = 0 if "Transpose" in cls.__name__ else 1
@@ -540,8 +541,8 @@ def to_mlx(
     """flashconv's layer as mlx.nn's, with a copy of the parameters. It draws from `mx.random`.
 
     The result takes `(N, *spatial, channels)` whatever the data format of `layer`, as every layer
-    of mlx.nn does. Keeps dtype, training mode, what is frozen, and arrays and plain attributes that
-    were added, not `device`. Raises `ValueError` naming all that mlx.nn lacks or gets wrong, for lazy
+    of mlx.nn does. Keeps dtype, mode, what is frozen, and arrays and plain attributes that were
+    added, not `device`. Raises `ValueError` naming all that mlx.nn lacks or gets wrong, for lazy
     layers and subclasses with methods of their own; `TypeError` for other types.
     """
     cls = _class_of(layer, "flashconv", _OURS)
