@@ -168,14 +168,14 @@ def _leave_out(ours, name):
 def _misnomer(ours, name, is_state, is_own):
     "Why `ours` can't get an attribute of this name; None if it can."
     if hasattr(nn.Module, name) or name in ("_no_grad", "_training", "_non_persistent"):
-        return f"its {name} has a name that every module of MLX uses itself; rename it"
+        return f"its {name} has a name that every module of MLX uses itself (rename it)"
     if is_state and name.startswith("_"):
         return f"its {name} begins with an underscore, and parameters() of MLX leaves that out"
     in_class = hasattr(type(ours), name) and not (
         is_own and (_is_provided(ours, name) or not is_state))
     in_object = name in vars(ours) or not isinstance(dict.get(ours, name, _ABSENT), mx.array)
     if in_class or in_object:
-        return f"its {name} is something else in a {type(ours).__name__} here; rename it"
+        return f"its {name} is something else in a {type(ours).__name__} here (rename it)"
 
 _ABSENT = mx.array(0)
 
@@ -213,6 +213,7 @@ def _attributes(theirs, known, torch):
                  and not callable(value) and not hasattr(value, "__get__")}
     return {name: value for name, value in (constants | vars(theirs)).items() if name not in own}
 
+# %% ../../nbs/08_convert.ipynb #cebaf3f3
 def _mapped(value, kinds, convert):
     "`value` with `convert` applied to objects of `kinds`, in containers too."
     if isinstance(value, kinds): return convert(value)
@@ -360,6 +361,7 @@ def from_torch(
     _refuse(f"{kind} is not a plain {known.__name__}", _extras(layer, torch))
     ours = _bare(layer, known, data_format)
     _refuse(f"{kind} can't be converted", _additions(layer, known, ours))
+    _refuse(f"{kind} can't be converted", _unlike(layer, {name for name, _ in _places(ours)}))
     return ours
 
 # %% ../../nbs/08_convert.ipynb #613c7256
@@ -388,7 +390,6 @@ def _additions(theirs, known, ours):
     yield from (f"its {name} is a layer, which convert_model takes along"
                 for name, child in theirs._modules.items() if child is not None)
     yield from _hang_attributes(ours, theirs, known, memory, refuse)
-    yield from _unlike(theirs, {name for name, _ in _places(ours)})
 
 # %% ../../nbs/08_convert.ipynb #1acb90a8
 def _to_tensor(array, torch):
@@ -432,10 +433,10 @@ def _add_to_torch(theirs, layer, torch):
     "Give `theirs` what was added to `layer`. Yields what stands in the way."
     for name, value in _extra(layer, _OWN).items():
         if _holds(value, nn.Module): yield f"its {name} holds layers"
-        elif hasattr(theirs, name): yield f"its {name} is something else in PyTorch; rename it"
+        elif hasattr(theirs, name): yield f"its {name} is something else in PyTorch (rename it)"
         elif isinstance(value, mx.array): _add_array(theirs, layer, name, torch)
         elif isinstance(value, (list, dict)) and name in layer and _holds(value, mx.array):
-            yield f"its {name} is a {type(value).__name__} of arrays; give each a name"
+            yield f"its {name} is a {type(value).__name__} of arrays (give each a name)"
         else: setattr(theirs, name, _mapped(value, mx.array, lambda a: _to_tensor(a, torch)))
 
 def _add_array(theirs, layer, name, torch):
@@ -452,10 +453,10 @@ def from_mlx(
 ) -> nn.Module:  # flashconv's layer of that name, channels last
     """mlx.nn's layer as flashconv's, for the same batched inputs, with a copy of the parameters.
 
-    Where MLX's transposed convolution is wrong, the result is PyTorch's. Keeps dtype, training mode,
-    what is frozen, and arrays and plain attributes that were added. A call refuses what PyTorch
-    refuses: an input of another dtype than the weight's, negative padding. Raises `TypeError` for
-    other types, `ValueError` for subclasses with methods of their own and for layers in `layer`.
+    Where MLX's transposed convolution is wrong, the result is PyTorch's. Keeps dtype, mode, what is
+    frozen, and arrays and plain attributes that were added. A call refuses what PyTorch refuses: an
+    input of another dtype than the weight's, negative padding. Raises `TypeError` for other types,
+    `ValueError` for subclasses with methods of their own and for layers in `layer`.
     """
     cls = _class_of(layer, "mlx.nn", vars(nn))
     place = 0 if "Transpose" in cls.__name__ else 1
@@ -478,7 +479,7 @@ def _carry(copied, layer, known, own):
         elif not hasattr(copied, name):
             (copied if name in layer else vars(copied))[name] = _mapped(value, mx.array, mx.array)
         elif not _agree(getattr(copied, name), value):
-            yield f"its {name} is something else in a {type(copied).__name__} there; rename it"
+            yield f"its {name} is something else in a {type(copied).__name__} there (rename it)"
     copied._no_grad = copy.copy(layer._no_grad)
     if "_non_persistent" in vars(layer): copied._non_persistent = layer._non_persistent
 
@@ -540,8 +541,8 @@ def to_mlx(
     """flashconv's layer as mlx.nn's, with a copy of the parameters. It draws from `mx.random`.
 
     The result takes `(N, *spatial, channels)` whatever the data format of `layer`, as every layer
-    of mlx.nn does. Keeps dtype, training mode, what is frozen, and arrays and plain attributes that
-    were added, not `device`. Raises `ValueError` naming all that mlx.nn lacks or gets wrong, for lazy
+    of mlx.nn does. Keeps dtype, mode, what is frozen, and arrays and plain attributes that were
+    added, not `device`. Raises `ValueError` naming all that mlx.nn lacks or gets wrong, for lazy
     layers and subclasses with methods of their own; `TypeError` for other types.
     """
     cls = _class_of(layer, "flashconv", _OURS)

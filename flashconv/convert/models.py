@@ -390,6 +390,7 @@ class Converted(NamedTuple):
     def __str__(self):
         return f"{self.path or '(model)'}: {self.theirs}: {'; '.join(self.reasons)}"
 
+# %% ../../nbs/13_models.ipynb #f3e6b7ad
 @dataclass
 class _Row:
     "What a report says of a layer, before it is complete."
@@ -495,6 +496,7 @@ def children(self: _Walk, theirs, path, in_order=False):
     if not in_order: self.seen, self.flow = None, "held"
     return converted
 
+# %% ../../nbs/13_models.ipynb #f4f76e0b
 @patch
 def sequence(self: _Walk, theirs, path, row):
     if id(theirs) in self.shared and self.flow == "fresh": self.flow = "held"
@@ -518,6 +520,7 @@ def collection(self: _Walk, theirs, path, row):
     layers = self.children(theirs, path)
     return layers if isinstance(theirs, self.torch.nn.ModuleDict) else list(layers.values())
 
+# %% ../../nbs/13_models.ipynb #9e8bf583
 @patch
 def values(self: _Walk, theirs, path, row):
     is_dict = isinstance(theirs, self.torch.nn.ParameterDict)
@@ -604,6 +607,7 @@ def conv(self: _Walk, theirs, path, row):
     self.adopt(ours, theirs, path, row, known, ("weight", "bias"))
     return ours
 
+# %% ../../nbs/13_models.ipynb #08f88a16
 @patch
 def leaf(self: _Walk, theirs, path, row):
     known = self.known(theirs)
@@ -616,8 +620,10 @@ def leaf(self: _Walk, theirs, path, row):
     tensors = [name for name in (*theirs._parameters, *theirs._buffers) if name in inner]
     row.reasons += _fill(inner, theirs, tensors)
     inner._training = theirs.training
-    is_turned = not self.last and axes in ("channels", "spatial") and not isinstance(inner, _Formatted)
-    ours = self.flows(ChannelsFirst(inner) if is_turned else inner, theirs, known.__name__)
+    if not (self.last or isinstance(inner, _Formatted)) and axes in ("channels", "spatial"):
+        ours = ChannelsFirst(inner)
+    else: ours = inner
+    ours = self.flows(ours, theirs, known.__name__)
     self.adopt(ours, theirs, path, row, known, tensors)
     return ours
 
@@ -636,6 +642,7 @@ def adopt(self: _Walk, ours, theirs, path, row, known, taken=(), layers=None, is
     ours._training = theirs.training
     self.pending.append((ours, theirs, known, path, row, is_own))
 
+# %% ../../nbs/13_models.ipynb #70be22af
 @patch
 def hold(self: _Walk, ours, name, layer, child, is_own):
     "Give `ours` a layer, a list or a dict. Yields what stands in the way."
@@ -646,7 +653,8 @@ def hold(self: _Walk, ours, name, layer, child, is_own):
     trainable = {p.requires_grad for p in self.loose(child)}
     values = self.torch.nn.ParameterList, self.torch.nn.ParameterDict
     if trainable == {False} and isinstance(child, values): ours._no_grad.add(name)
-    elif False in trainable: yield f"its {name} has frozen and other parameters, and MLX freezes all"
+    elif False in trainable:
+        yield f"its {name} has frozen and other parameters, and MLX can only freeze a whole list"
 
 # %% ../../nbs/13_models.ipynb #48f6bbb2
 @patch
@@ -680,6 +688,7 @@ def flows(self: _Walk, ours, theirs, name):
     elif name not in _PASS: self.flow = "fresh"
     return ours
 
+# %% ../../nbs/13_models.ipynb #7406568f
 @patch
 def again(self: _Walk, theirs, path):
     "What a layer became that stands in several places."
