@@ -8,8 +8,8 @@ from flashconv.algorithms.explain import explain, tune
 from flashconv.base import _ConvNd
 from flashconv.conv import Conv1d, Conv2d, Conv3d
 from flashconv.convert import (
-    conversion_report, convert_model, downgrade, from_mlx, from_torch, load_torch_state,
-    save_torch_state, to_mlx, to_torch, to_torch_state, upgrade)
+    conversion_report, convert_model, downgrade, from_mlx, from_torch, load_mlx_weights,
+    load_torch_state, save_torch_state, to_mlx, to_torch, to_torch_state, upgrade)
 from flashconv.lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
     LazyConvTranspose3d, materialize)
@@ -23,5 +23,6 @@ __all__ = [
     "blas", "functional", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
     "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d", "LazyConvTranspose1d",
     "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize", "from_torch", "to_torch",
-    "from_mlx", "to_mlx", "load_torch_state", "save_torch_state", "to_torch_state",
+    "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state", "save_torch_state",
+    "to_torch_state",
     "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm", "explain", "tune", "_ConvNd", "_ConvTransposeNd"]

@@ -7,16 +7,16 @@ __all__ = ['load_torch_state', 'to_torch_state', 'save_torch_state']
 
 # %% ../../nbs/12_state.ipynb #273f4045
 import os
-import sys
 from pathlib import Path
 from threading import get_ident
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..base import IncompatibleKeys, _ConvNd, _key_errors
+from .checkpoints import (
+    _as_array, _below, _check_state, _folded, _hints, _read_all, _renamed)
 from .layers import _to_tensor
 from ..lazy import UninitializedParameter, _Lazy
 
@@ -55,6 +55,10 @@ def _mlx_axis(layer):
     "The axis of PyTorch's weight that MLX keeps last; None where it keeps them all."
     if isinstance(layer, _ConvNd): return 0 if layer.transposed else 1
     return next((axis for cls, axis in _AXIS.items() if isinstance(layer, cls)), None)
+
+def _norm_axis(place):
+    "The axis of PyTorch's weight that spectral norm makes rows of, if the caller names none."
+    return int(_mlx_axis(place.layer) == 0)
 
 def _moved(place):
     "The axis of PyTorch's array that is the last one in this place; None where none has moved."
@@ -107,20 +111,6 @@ def _read_pickle(path):
         raise RuntimeError(f"{path} is corrupt, or holds more than tensors, which could run code "
                            f"({problem})") from error
 
-# %% ../../nbs/12_state.ipynb #dad9b298
-def _as_array(value):
-    "`value` as an array of MLX, bit for bit. None: it is no dense array of a dtype of MLX's."
-    if isinstance(value, mx.array): return value
-    name, torch = str(getattr(value, "dtype", "")).rpartition(".")[2], sys.modules.get("torch")
-    dtype = getattr(mx, "bool_" if name == "bool" else name, None)
-    if not isinstance(dtype, mx.Dtype): return None
-    if torch and isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.is_meta or value.is_quantized: return None
-        value = value.detach()
-        if dtype != mx.bfloat16: value = value.numpy(force=True)
-        else: return mx.array(value.view(torch.int16).numpy(force=True)).view(dtype)
-    return mx.array(value, dtype) if isinstance(value, np.ndarray) else None
-
 # %% ../../nbs/12_state.ipynb #6002e2d1
 def _misfit(name, array, place, assign):
     "Why `array`, in PyTorch's layout, can't be put in its place; None if it can."
@@ -142,45 +132,48 @@ def _misfit(name, array, place, assign):
 # %% ../../nbs/12_state.ipynb #dbc77691
 def load_torch_state(
     model: nn.Module,  # any model, of these layers and mlx.nn's
-    source,  # a file (.safetensors, .pt, .pth, .bin, .ckpt) or a dict, name -> array or tensor
+    source,  # a file, an index of shards, a folder with one, or a dict, name -> array or tensor
     strict: bool = True,  # whether missing and unexpected names are errors
     assign: bool = False,  # whether the model takes the state's dtypes
+    *,
+    prefix: str = "",  # in front of the names of that part of the state which is the model's
+    rename: Callable | None = None,  # from a name behind the prefix to the model's, or None
+    fold: bool = False,  # whether weight and spectral norm become plain weights, as in evaluation
 ) -> IncompatibleKeys:  # names that were missing or unexpected
     """Load a state of PyTorch's, with its names and layouts, into `model`: all of it or nothing.
 
-    A safetensors file is read when values are asked for. Raises `RuntimeError` that lists each
-    name, shape and dtype that does not fit, for a file that can't be read and for one in MLX's
-    layout; `OSError` where there is no file, `ImportError` where it takes PyTorch and there is
-    none, `TypeError` and `ValueError` for what is no model, no state or no such file.
+    Files are .safetensors, .pt, .pth, .bin or .ckpt; a safetensors file is read when values are
+    asked for. What lacks the prefix is no error, and among the unexpected names. Raises
+    `RuntimeError` that lists each name, shape and dtype that does not fit, with what would help,
+    for a file that can't be read and for one in MLX's layout; `OSError` where there is no file,
+    `ImportError` where it takes PyTorch and there is none, `TypeError` and `ValueError` for what
+    is no model, no state or no such file.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an mlx.nn.Module, but got {type(model)}")
     file = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    state = _checked(_read(file) if file else source, file)
+    state = _checked(_read_all(file, _read) if file else source, file)
+    state, others = _below(state, prefix)
+    if rename is not None: state = _renamed(state, rename)
     places = dict(_places(model))
+    if fold: state = _folded(state, {name: _norm_axis(place) for name, place in places.items()})
     keys = IncompatibleKeys([name for name in places if name not in state],
                             [name for name in state if name not in places])
+    wrong = strict and any(keys)
+    errors = [*_hints(state, places, fold), *_key_errors(keys)] if wrong else []
     arrays = {name: _as_array(state.pop(name)) for name in places if name in state}
-    errors = _key_errors(keys) if strict else []
     errors += filter(None, (_misfit(name, array, places[name], assign)
                             for name, array in arrays.items()))
     if errors:
         raise RuntimeError("\n\t".join([f"Error(s) in loading {file or 'state_dict'} for "
                                         f"{type(model).__name__}:", *errors]))
     for name, array in arrays.items(): places[name].put(_to_place(array, places[name]))
-    return keys
+    return IncompatibleKeys(keys.missing_keys, keys.unexpected_keys + others)
 
 # %% ../../nbs/12_state.ipynb #0a6e8831
 def _checked(state, file):
     "A copy of the state without the names that mlx.nn has not. Refuses what holds no arrays."
-    what = file or "source"
-    if not hasattr(state, "items"):
-        raise TypeError(f"Expected {what} to be a file's name or dict-like, got {type(state)}.")
-    nested = [name for name, value in state.items() if hasattr(value, "items")]
-    if nested:
-        raise RuntimeError(f"{what} holds dicts under {nested} and is no state itself: pass the "
-                           "one that you want, as in torch.load(file, weights_only=True)"
-                           f"[{nested[0]!r}]")
+    _check_state(state, file)
     return {name: value for name, value in state.items()
             if not name.endswith("num_batches_tracked")}
 
