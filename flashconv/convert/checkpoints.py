@@ -90,7 +90,7 @@ def _read_all(path, read):
     if path.is_dir(): path = _file_in(path)
     return _read_index(path, read) if path.name.endswith(".index.json") else read(path)
 
-# %% ../../nbs/15_checkpoints.ipynb #626b4578
+# %% ../../nbs/15_checkpoints.ipynb #253d9bd1
 def _below(state, prefix):
     "The part of a state that has a prefix, without it, and the names of the rest."
     if not isinstance(prefix, str):
@@ -98,17 +98,19 @@ def _below(state, prefix):
     part = {name.removeprefix(prefix): value for name, value in state.items()
             if name.startswith(prefix)}
     if state and not part:
-        raise RuntimeError(f"no name begins with prefix={prefix!r}; the first is {next(iter(state))!r}")
+        raise RuntimeError(f"no name begins with prefix={prefix!r}; the first is "
+                           f"{next(iter(state))!r}")
     if any(name.startswith(".") for name in part):
         raise ValueError(f"expected prefix to end where a name begins, as in 'module.', but got "
                          f"prefix={prefix!r}")
     return part, [name for name in state if not name.startswith(prefix)]
 
-# %% ../../nbs/15_checkpoints.ipynb #495ce075
+# %% ../../nbs/15_checkpoints.ipynb #ff15ffc0
 def _renamed(state, rename):
     "A state with other names. What is renamed to None is dropped."
     if not callable(rename):
-        raise TypeError(f"expected rename to be a function, name -> name or None, but got {rename!r}")
+        raise TypeError("expected rename to be a function, name -> name or None, but got "
+                        f"{rename!r}")
     renamed, origin = {}, {}
     for name, value in state.items():
         new = rename(name)
@@ -162,13 +164,14 @@ def _norms(names):
                 found[match.expand(weight)] = entries, compute
     return found
 
-# %% ../../nbs/15_checkpoints.ipynb #89e3cae4
+# %% ../../nbs/15_checkpoints.ipynb #197f731d
 def _is_all(entries, names):
     "Whether a weight has no parametrization besides."
     group, _, tail = entries[0].rpartition(".original")
-    return tail not in ("", "0") or sum(name.startswith(group + ".") for name in names) == len(entries)
+    if tail not in ("", "0"): return True  # the older style, in which there is one at most
+    return sum(name.startswith(f"{group}.") for name in names) == len(entries)
 
-# %% ../../nbs/15_checkpoints.ipynb #7c283a3d
+# %% ../../nbs/15_checkpoints.ipynb #41c40f75
 def _folded(state, dims):
     "A state with plain weights for normed ones. `dims`: for each of the model's names, 0 or 1."
     state = dict(state)
@@ -176,8 +179,8 @@ def _folded(state, dims):
         if weight not in dims or weight in state: continue
         with mx.stream(mx.cpu):  # which has float64
             arrays = [_as_array(state[entry]) for entry in entries]
-            if not all(a is not None and mx.issubdtype(a.dtype, mx.floating) for a in arrays): continue
-            plain = compute(*arrays, dims[weight])
+            is_real = all(a is not None and mx.issubdtype(a.dtype, mx.floating) for a in arrays)
+            plain = compute(*arrays, dims[weight]) if is_real else None
         if plain is None: continue
         for entry in entries: del state[entry]
         state[weight] = plain
