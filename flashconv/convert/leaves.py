@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MaxPool', 'AvgPool', 'LPPool', 'Upsample', 'Unfold', 'Fold', 'ChannelShuffle', 'PixelUnshuffle', 'Softmax2d',
-           'LocalResponseNorm', 'LayerNorm', 'InstanceNorm', 'SyncBatchNorm', 'Dropout1d', 'AlphaDropout', 'Hardtanh',
-           'Hardsigmoid', 'Threshold', 'Softplus', 'Hardshrink', 'Softshrink', 'Tanhshrink', 'RReLU']
+           'LocalResponseNorm', 'LayerNorm', 'InstanceNorm', 'Dropout1d', 'AlphaDropout', 'Hardtanh', 'Hardsigmoid',
+           'Threshold', 'Softplus', 'Hardshrink', 'Softshrink', 'Tanhshrink', 'RReLU']
 
 # %% ../../nbs/16_leaves.ipynb #3184823f
 from functools import reduce
@@ -658,8 +658,8 @@ def _own(self: InstanceNorm, x, axes, channel):
             self[name] = ((1 - share) * old + share * mx.mean(new, others)).astype(old.dtype)
     return mean, var
 
-# %% ../../nbs/16_leaves.ipynb #8419c14a
-class SyncBatchNorm(nn.BatchNorm):
+# %% ../../nbs/16_leaves.ipynb #b3145f64
+class _SyncBatchNorm(nn.BatchNorm):
     "`mlx.nn.BatchNorm` for inputs with any number of axes, as `torch.nn.SyncBatchNorm` takes them."
 
     def __call__(
@@ -906,9 +906,9 @@ _LEAVES |= {name: _Equal(cls, "spatial", _same(*names)) for name, cls, *names in
     ("Upsample", Upsample, "size", "scale_factor", "mode", "align_corners",
      "recompute_scale_factor"))}
 
-# %% ../../nbs/16_leaves.ipynb #8a96190a
+# %% ../../nbs/16_leaves.ipynb #52173cc0
 _LEAVES |= {"LayerNorm": _Equal(LayerNorm, _layer_norm_axes, _layer_norm),
-            "SyncBatchNorm": _Equal(SyncBatchNorm, "spatial", _sync_batch_norm),
+            "SyncBatchNorm": _Equal(_SyncBatchNorm, "spatial", _sync_batch_norm),
             "FeatureAlphaDropout": _Equal(AlphaDropout, "spatial",
                                           lambda layer: {"p": layer.p, "by_channel": True})}
 for _n in (1, 2, 3):

@@ -28,8 +28,9 @@ def _along(layer):
 
 def _prelu_axes(layer): return "each" if layer.num_parameters == 1 else "channels"
 
-_EQUALS = _LEAVES | {name: _Equal(getattr(nn, name)) for name in """Identity ReLU ReLU6 SELU SiLU Mish
-           Hardswish Sigmoid Tanh LogSigmoid Softsign""".split()}
+_EQUALS = _LEAVES | {name: _Equal(getattr(nn, name)) for name in
+                     """Identity ReLU ReLU6 SELU SiLU Mish Hardswish Sigmoid Tanh LogSigmoid
+                     Softsign""".split()}
 _EQUALS |= {"LeakyReLU": _Equal(nn.LeakyReLU, "each", _of(negative_slope="negative_slope")),
             "ELU": _Equal(nn.ELU, "each", _of(alpha="alpha")),
             "CELU": _Equal(nn.CELU, "each", _of(alpha="alpha")),

@@ -96,7 +96,7 @@ def _read_safetensors(path):
         raise RuntimeError(f"{path} can't be read: {error}") from error
     if metadata.get("format") == "mlx":
         raise RuntimeError(f"{path} says format=mlx: its weights have MLX's layout already. Read "
-                           "it with model.load_weights, and flashconv.upgrade the model after")
+                           "it with flashconv.load_mlx_weights, or model.load_weights of mlx.nn's")
     return state
 
 # %% ../../nbs/12_state.ipynb #ee27a640
@@ -125,7 +125,7 @@ def _misfit(name, array, place, assign):
     if array.shape == wanted: return None
     hint, axis = "", _mlx_axis(place.layer) if place.key == "weight" else None
     if axis is not None and array.shape == (*wanted[:axis], *wanted[axis + 1:], wanted[axis]):
-        hint = " That is MLX's layout, which model.load_weights reads into a model of mlx.nn's."
+        hint = " That is MLX's layout, which flashconv.load_mlx_weights reads."
     return (f"size mismatch for {name}: copying a param with shape {array.shape} from checkpoint, "
             f"the shape in current model is {wanted}.{hint}")
 
