@@ -10,8 +10,8 @@ from flashconv.algorithms.explain import explain, tune
 from flashconv.base import _ConvNd
 from flashconv.conv import Conv1d, Conv2d, Conv3d
 from flashconv.convert import (
-    conversion_report, convert_model, downgrade, from_mlx, from_torch, load_torch_state,
-    save_torch_state, to_mlx, to_torch, to_torch_state, upgrade)
+    conversion_report, convert_model, downgrade, from_mlx, from_torch, load_mlx_weights,
+    load_torch_state, save_torch_state, to_mlx, to_torch, to_torch_state, upgrade)
 from flashconv.lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
     LazyConvTranspose3d, materialize)
@@ -31,7 +31,7 @@ __all__ = [
     "blas", "functional", "init", "kernels", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d",
     "ConvTranspose2d", "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d",
     "LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize",
-    "from_torch", "to_torch", "from_mlx", "to_mlx", "load_torch_state", "save_torch_state",
-    "to_torch_state", "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm",
+    "from_torch", "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state",
+    "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm",
     "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations", "_ConvNd",
     "_ConvTransposeNd"]

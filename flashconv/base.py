@@ -196,10 +196,13 @@ class _Place(NamedTuple):
 # %% ../nbs/04_base.ipynb #c74009b8
 _UNNAMED = {nn.Sequential: "layers"}  # the attribute that PyTorch's names leave out
 
+def _unnamed(module):
+    return next((name for cls, name in _UNNAMED.items() if isinstance(module, cls)), None)
+
 def _places(holder, prefix="", layer=None):
     "The arrays in a model's state, by PyTorch's names: (name, place)."
     if isinstance(holder, nn.Module): layer = holder
-    unnamed = next((name for cls, name in _UNNAMED.items() if isinstance(layer, cls)), None)
+    unnamed = _unnamed(layer)
     left_out = vars(layer).get("_non_persistent", ())
     pairs = enumerate(holder) if isinstance(holder, list) else dict.items(holder)
     for key, value in pairs:

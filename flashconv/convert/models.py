@@ -21,26 +21,7 @@ from ..base import _UNNAMED, _ConvNd, _state_places
 from .layers import (
     _OURS, _Memory, _as_array, _attributes, _bare, _class_of, _extras, _fill, _hang_attributes,
     _mapped, _misnomer, _refuse, _replaced, _ties, _unlike)
-
-# %% ../../nbs/13_models.ipynb #e62ba4ad
-class _Equal(NamedTuple):
-    "What stands for a layer of PyTorch's."
-    cls: Callable
-    axes: str | Callable = "each"  # or a function of the layer
-    arguments: Callable = lambda layer: {}  # of the layer; ValueError if nothing stands for it
-
-    def axes_of(self, layer): return self.axes(layer) if callable(self.axes) else self.axes
-
-def _of(**names):
-    "Arguments that are attributes of PyTorch's layer: argument=attribute."
-    return lambda layer: {name: getattr(layer, attribute) for name, attribute in names.items()}
-
-def _need(layer, **values):
-    "Refuse a layer whose attributes have other values than these."
-    for name, value in values.items():
-        got = getattr(layer, name)
-        if any(g != value for g in (got if isinstance(got, tuple) else (got,))):
-            raise ValueError(f"{name}={got!r}, where only {value!r} has an equal")
+from .leaves import _LEAVES, _Equal, _Formatted, _need, _of
 
 # %% ../../nbs/13_models.ipynb #b14b4b56
 def _along(layer):
@@ -50,18 +31,13 @@ def _along(layer):
 
 def _prelu_axes(layer): return "each" if layer.num_parameters == 1 else "channels"
 
-def _hardtanh(layer): return _need(layer, min_val=-1, max_val=1) or {}
-
-def _softplus(layer): return _need(layer, beta=1, threshold=20) or {}
-
-_EQUALS = {name: _Equal(getattr(nn, name)) for name in """Identity ReLU ReLU6 SELU SiLU Mish
-           Hardswish Sigmoid Tanh LogSigmoid Softsign""".split()}
+_EQUALS = _LEAVES | {name: _Equal(getattr(nn, name)) for name in
+                     """Identity ReLU ReLU6 SELU SiLU Mish Hardswish Sigmoid Tanh LogSigmoid
+                     Softsign""".split()}
 _EQUALS |= {"LeakyReLU": _Equal(nn.LeakyReLU, "each", _of(negative_slope="negative_slope")),
             "ELU": _Equal(nn.ELU, "each", _of(alpha="alpha")),
             "CELU": _Equal(nn.CELU, "each", _of(alpha="alpha")),
             "GELU": _Equal(nn.GELU, "each", _of(approx="approximate")),
-            "Hardtanh": _Equal(nn.HardTanh, "each", _hardtanh),
-            "Softplus": _Equal(nn.Softplus, "each", _softplus),
             "PReLU": _Equal(nn.PReLU, _prelu_axes, _of(num_parameters="num_parameters"))}
 _EQUALS |= {name: _Equal(getattr(nn, name), _along) for name in ("Softmax", "LogSoftmax", "GLU")}
 _EQUALS |= {f"Dropout{kind}": _Equal(getattr(nn, f"Dropout{kind}"), axes, _of(p="p"))
@@ -69,7 +45,7 @@ _EQUALS |= {f"Dropout{kind}": _Equal(getattr(nn, f"Dropout{kind}"), axes, _of(p=
 
 # %% ../../nbs/13_models.ipynb #a7b2bbfe
 class BatchNorm(nn.BatchNorm):
-    "`mlx.nn.BatchNorm` that counts the batches it was trained with, also for `(N, D, H, W, C)`."
+    "`mlx.nn.BatchNorm` that counts the batches it was trained with, for any number of axes."
 
     def __init__(
         self,
@@ -89,7 +65,7 @@ class BatchNorm(nn.BatchNorm):
         x: mx.array,  # (N, *spatial, C)
     ) -> mx.array:  # of the same shape
         "Normalise each channel."
-        y = super().__call__(x.flatten(1, 2) if x.ndim == 5 else x).reshape(x.shape)
+        y = super().__call__(x.reshape(-1, x.shape[-1]) if x.ndim > 4 else x).reshape(x.shape)
         if self.training and self.track_running_stats: self.num_batches_tracked += 1
         return y
 
@@ -108,9 +84,6 @@ def _last_axis(layer):
                          "an equal")
     return {"dims": layer.normalized_shape[0], "eps": layer.eps}
 
-def _layer_norm(layer):
-    return _last_axis(layer) | {"affine": layer.elementwise_affine, "bias": layer.bias is not None}
-
 def _rms_norm(layer):
     _need(layer, elementwise_affine=True)
     if layer.eps is None: raise ValueError("eps=None, which is another number in each dtype")
@@ -126,58 +99,14 @@ def _group_norm(layer):
     return {"num_groups": layer.num_groups, "dims": layer.num_channels, "eps": layer.eps,
             "affine": layer.affine, "pytorch_compatible": True}
 
-def _instance_norm(layer):
-    _need(layer, track_running_stats=False)
-    return {"dims": layer.num_features, "eps": layer.eps, "affine": layer.affine}
-
 _EQUALS |= {"Linear": _Equal(nn.Linear, "last", _linear),
             "Embedding": _Equal(nn.Embedding, "last", _embedding),
-            "LayerNorm": _Equal(nn.LayerNorm, "last", _layer_norm),
             "RMSNorm": _Equal(nn.RMSNorm, "last", _rms_norm),
             "GroupNorm": _Equal(nn.GroupNorm, "channels", _group_norm),
             "BatchNorm1d": _Equal(BatchNorm, "channels", _batch_norm),
             "BatchNorm2d": _Equal(BatchNorm, "spatial", _batch_norm),
-            "BatchNorm3d": _Equal(BatchNorm, "spatial", _batch_norm)}
-_EQUALS |= {f"InstanceNorm{n}d": _Equal(nn.InstanceNorm, "spatial", _instance_norm)
-            for n in (1, 2, 3)}
-
-# %% ../../nbs/13_models.ipynb #110808e0
-def _pool(layer):
-    _need(layer, ceil_mode=False)
-    if hasattr(layer, "dilation"): _need(layer, dilation=1, return_indices=False)
-    else:
-        _need(layer, **{"divisor_override": None} if hasattr(layer, "divisor_override") else {})
-        if not layer.count_include_pad: _need(layer, padding=0)
-    return _of(kernel_size="kernel_size", stride="stride", padding="padding")(layer)
-
-def _upsample(layer):
-    _need(layer, size=None)
-    scales = layer.scale_factor if isinstance(layer.scale_factor, tuple) else (layer.scale_factor,)
-    if any(scale != int(scale) for scale in scales):
-        raise ValueError(f"scale_factor={layer.scale_factor}, where only whole numbers have an "
-                         "equal")
-    mode = layer.mode.removeprefix("bi").removeprefix("tri")
-    return {"scale_factor": layer.scale_factor, "mode": mode,
-            "align_corners": bool(layer.align_corners)}
-
-_EQUALS |= {f"{kind}Pool{n}d": _Equal(getattr(nn, f"{kind}Pool{n}d"), "spatial", _pool)
-            for kind in ("Max", "Avg") for n in (1, 2, 3)}
-_EQUALS["Upsample"] = _Equal(nn.Upsample, "spatial", _upsample)
-
-# %% ../../nbs/13_models.ipynb #d14c9b35
-class _Formatted(nn.Module):
-    "A layer that knows where the channels are."
-
-    def __init__(self, data_format):
-        super().__init__()
-        self.data_format = data_format
-
-    @property
-    def _last(self): return is_channels_last(self.data_format)
-
-    def _extra_repr(self):
-        return ", ".join(f"{name}={value!r}" for name, value in (dict(self) | vars(self)).items()
-                         if not name.startswith("_"))
+            "BatchNorm3d": _Equal(BatchNorm, "spatial", _batch_norm),
+            "SyncBatchNorm": _Equal(BatchNorm, "spatial", _batch_norm)}
 
 # %% ../../nbs/13_models.ipynb #eef1ad32
 class Flatten(_Formatted):

@@ -7,38 +7,39 @@ __all__ = ['load_torch_state', 'to_torch_state', 'save_torch_state']
 
 # %% ../../nbs/12_state.ipynb #273f4045
 import os
-import sys
 from pathlib import Path
 from threading import get_ident
+from typing import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..base import (
     IncompatibleKeys, _from_place, _key_errors, _mlx_axis, _state_places, _to_place)
+from .checkpoints import (
+    _below, _check_state, _folded, _hints, _read_all, _renamed)
 from .layers import _as_array, _to_tensor
 from ..lazy import UninitializedParameter, _Lazy
 
 # %% ../../nbs/12_state.ipynb #4d9bd8d3
 def _read(path):
-    "The state in a file."
+    "The state in a file, and the names under which it holds an array once more."
     if path.suffix not in (*_PICKLES, ".safetensors"):
         raise ValueError("expected source to be a dict or a file named .safetensors, "
                          f"{', '.join(_PICKLES)}, but got {path}")
     with open(path, "rb"): pass  # or the error that says why not
-    return _read_pickle(path) if path.suffix in _PICKLES else _read_safetensors(path)[0]
+    return (_read_pickle(path), None) if path.suffix in _PICKLES else _read_safetensors(path)
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 def _read_safetensors(path):
-    "The state in a file, and the file's metadata."
     try: state, metadata = mx.load(str(path), return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(f"{path} can't be read: {error}") from error
     if metadata.get("format") == "mlx":
         raise RuntimeError(f"{path} says format=mlx: its weights have MLX's layout already. Read "
-                           "it with model.load_weights, and flashconv.upgrade the model after")
-    return state, metadata
+                           "it with flashconv.load_mlx_weights, or model.load_weights of mlx.nn's")
+    return state, {name: other for name, other in metadata.items() if other in state}
 
 # %% ../../nbs/12_state.ipynb #ee27a640
 def _read_pickle(path):
@@ -53,14 +54,12 @@ def _read_pickle(path):
                            f"({problem})") from error
 
 # %% ../../nbs/12_state.ipynb #b2f04b61
-def _aliased(file, state, places):
-    "What a safetensors file leaves out because it holds it under another name: name -> array."
-    if file is None or file.suffix != ".safetensors": return {}
-    metadata = _read_safetensors(file)[1]
+def _shared(state, shared, places):
+    "What a state leaves out because it holds it under another name: name -> array."
     stored = {_spot(places[name]): name for name in places if name in state}
-    others = {name: stored.get(_spot(place), metadata.get(name)) for name, place in places.items()
-              if name not in state}
-    return {name: state[other] for name, other in others.items() if other in state}
+    others = {name: stored.get(_spot(place)) for name, place in places.items() if name not in state}
+    found = {name: state[other] for name, other in others.items() if other}
+    return found | {name: array for name, array in shared.items() if name in others}
 
 def _spot(place): return id(place.holder), place.key
 
@@ -78,61 +77,73 @@ def _misfit(name, array, place, assign):
     if array.shape == wanted: return None
     hint, axis = "", _mlx_axis(place.layer) if place.key == "weight" else None
     if axis is not None and array.shape == (*wanted[:axis], *wanted[axis + 1:], wanted[axis]):
-        hint = " That is MLX's layout, which model.load_weights reads into a model of mlx.nn's."
+        hint = " That is MLX's layout, which flashconv.load_mlx_weights reads."
     return (f"size mismatch for {name}: copying a param with shape {array.shape} from checkpoint, "
             f"the shape in current model is {wanted}.{hint}")
 
 # %% ../../nbs/12_state.ipynb #dbc77691
 def load_torch_state(
     model: nn.Module,  # any model, of these layers and mlx.nn's
-    source,  # a file (.safetensors, .pt, .pth, .bin, .ckpt) or a dict, name -> array or tensor
+    source,  # a file, an index of shards, a folder with one, or a dict, name -> array or tensor
     strict: bool = True,  # whether missing and unexpected names are errors
     assign: bool = False,  # whether the model takes the state's dtypes
+    *,
+    prefix: str = "",  # in front of the names of that part of the state which is the model's
+    rename: Callable | None = None,  # from a name behind the prefix to the model's, or None
+    fold: bool = False,  # whether weight and spectral norm become plain weights, as in evaluation
 ) -> IncompatibleKeys:  # names that were missing or unexpected
     """Load a state of PyTorch's, with its names and layouts, into `model`: all of it or nothing.
 
-    A safetensors file is read when values are asked for, and may hold a shared array once. Raises
-    `RuntimeError` that lists each name, shape and dtype that does not fit, for a file that can't be
-    read and for one in MLX's layout; `OSError` where there is no file, `ImportError` where it takes
-    PyTorch and there is none, `TypeError` and `ValueError` for no model, no state, no such file.
+    Files are .safetensors, .pt, .pth, .bin or .ckpt; a safetensors file is read when values are
+    asked for. What lacks the prefix is no error, and among the unexpected names. Raises
+    `RuntimeError` that lists each name, shape and dtype that does not fit, with what would help,
+    for a file that can't be read and for one in MLX's layout; `OSError` where there is no file,
+    `ImportError` where it takes PyTorch and there is none, `TypeError` and `ValueError` for what
+    is no model, no state or no such file.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an mlx.nn.Module, but got {type(model)}")
     file = Path(source) if isinstance(source, (str, os.PathLike)) else None
     places = _state_places(model)
-    state = _checked(_read(file) if file else source, file, places)
-    state |= _aliased(file, state, places)
+    state, shared, others = _model_part(source, file, prefix, rename)
+    if fold: state = _folded(state, {name: _norm_axis(place) for name, place in places.items()})
+    if shared is not None: state |= _shared(state, shared, places)
+    state = {name: value for name, value in state.items()
+             if name in places or not _is_count(name, places | state)}
     keys = IncompatibleKeys([name for name in places if name not in state
                              and not _is_count(name, places)],
                             [name for name in state if name not in places])
+    wrong = strict and any(keys)
+    errors = [*_hints(state, places, fold), *_key_errors(keys)] if wrong else []
     arrays = {name: _as_array(state.pop(name)) for name in places if name in state}
-    errors = _key_errors(keys) if strict else []
     errors += filter(None, (_misfit(name, array, places[name], assign)
                             for name, array in arrays.items()))
     if errors:
         raise RuntimeError("\n\t".join([f"Error(s) in loading {file or 'state_dict'} for "
                                         f"{type(model).__name__}:", *errors]))
     for name, array in arrays.items(): places[name].put(_to_place(array, places[name]))
-    return keys
+    return IncompatibleKeys(keys.missing_keys, keys.unexpected_keys + others)
 
 # %% ../../nbs/12_state.ipynb #0a6e8831
-def _checked(state, file, places):
-    "A copy of the state without counts that the model has not. Refuses what holds no arrays."
-    what = file or "source"
-    if not hasattr(state, "items"):
-        raise TypeError(f"Expected {what} to be a file's name or dict-like, got {type(state)}.")
-    nested = [name for name, value in state.items() if hasattr(value, "items")]
-    if nested:
-        raise RuntimeError(f"{what} holds dicts under {nested} and is no state itself: pass the "
-                           "one that you want, as in torch.load(file, weights_only=True)"
-                           f"[{nested[0]!r}]")
-    return {name: value for name, value in state.items()
-            if name in places or not _is_count(name, {**places, **state})}
+def _model_part(source, file, prefix, rename):
+    "The state below a prefix, under its new names; what it shares; the names of the rest."
+    state, shared = _read_all(file, _read) if file else (source, None)
+    _check_state(state, file)
+    if shared: shared = {name: state[other] for name, other in shared.items()}
+    state, others = _below(state, prefix)
+    if shared: shared, _ = _below(shared, prefix)
+    if rename is not None:
+        state, shared = _renamed(state, rename), shared and _renamed(shared, rename)
+    return state, shared, others
 
 def _is_count(name, names):
-    "Whether this is a batch norm's number of batches, with which PyTorch can do without."
+    "Whether this is a norm's number of batches, with which PyTorch can do without."
     norm, _, last = name.rpartition("num_batches_tracked")
     return not last and f"{norm}running_mean" in names
+
+def _norm_axis(place):
+    "The axis of PyTorch's weight that spectral norm makes rows of, if the caller names none."
+    return int(_mlx_axis(place.layer) == 0)
 
 # %% ../../nbs/12_state.ipynb #f7cd9fae
 def to_torch_state(
