@@ -107,6 +107,7 @@ def within(name, command, **more):
         variables, before = SURROUNDINGS[name](folder)
         plain = {key: value for key, value in os.environ.items() if not key.startswith(STEERING)}
         environ = plain | {"LD_LIBRARY_PATH": hidden(folder)} | variables
+        environ["PYTEST_ADDOPTS"] = "--color=no"  # what it says is read
         return subprocess.run([*before, *command], env=environ, **more)
 
 
