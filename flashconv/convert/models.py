@@ -602,7 +602,8 @@ def loose(self: _Walk, child):
         for item in child.children(): yield from self.loose(item)
 
 # %% ../../nbs/13_models.ipynb #19425bab
-_PASS = {"Identity", "Dropout", "Dropout2d", "Dropout3d"}
+_PASS = {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout",
+         "FeatureAlphaDropout"}
 _VIEW = {"Flatten", "Unflatten"}
 _THROUGH_VIEW = ("inplace=True changes what was flattened before it, which nothing here can; make "
                  "it False if nobody reads that")
