@@ -8,12 +8,13 @@ __all__ = ['uniform_', 'normal_', 'constant_', 'zeros_', 'ones_', 'trunc_normal_
            'ones', 'trunc_normal', 'calculate_gain', 'xavier_uniform', 'xavier_normal', 'kaiming_uniform',
            'kaiming_normal', 'orthogonal', 'dirac']
 
-# %% ../nbs/17_init.ipynb #2f5b2832
+# %% ../nbs/17_init.ipynb #8f64c751
 import warnings
 from contextlib import nullcontext
 from functools import wraps
 from inspect import signature
-from math import erf, isfinite, prod, sqrt
+from math import erf, inf, isfinite, prod, sqrt
+from numbers import Number, Real
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,7 @@ import mlx.nn as nn
 from .arithmetic import as_int
 from .base import _ConvNd
 
-# %% ../nbs/17_init.ipynb #aedea2e5
+# %% ../nbs/17_init.ipynb #27188147
 _PLAIN = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
@@ -42,9 +43,28 @@ def _initializer(f):
         return tensor.weight
     return wrapper
 
-# %% ../nbs/17_init.ipynb #3d932132
+# %% ../nbs/17_init.ipynb #d71c05a0
+def _number(name, value):
+    "`value` as a float. TypeError unless it is a number, RuntimeError unless float32 holds it."
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"argument '{name}' must be float, not {type(value).__name__}")
+    if not abs(value) <= mx.finfo(mx.float32).max:
+        raise RuntimeError(f"{name} is out of bounds for float, but got {name}={value}")
+    return float(value)
+
+def _check_key(generator):
+    "TypeError unless this is a key, or None."
+    if generator is None: return
+    if not isinstance(generator, mx.array) or (generator.shape, generator.dtype) != _KEY:
+        raise TypeError("argument 'generator' must be a key, as from mx.random.key(0), or None, "
+                        f"but got {generator!r}")
+
+_KEY = (2,), mx.uint32  # what mx.random takes
+
+# %% ../nbs/17_init.ipynb #a8f15874
 def _drawn(name, tensor, draw, generator):
     "An array like `tensor` from `draw(shape, key)`; complex numbers take two draws."
+    _check_key(generator)
     if not mx.issubdtype(tensor.dtype, mx.inexact):
         dtype = str(tensor.dtype).rpartition(".")[2]
         raise NotImplementedError(f'"{name}" not implemented for {dtype!r}')
@@ -52,7 +72,7 @@ def _drawn(name, tensor, draw, generator):
     pair = draw((2, *tensor.shape), generator)
     return pair[0] + 1j * pair[1]
 
-# %% ../nbs/17_init.ipynb #2c09e109
+# %% ../nbs/17_init.ipynb #55f88093
 @_initializer
 def uniform(
     tensor: mx.array | nn.Module,  # an array like the one wanted, or a layer to set the weight of
@@ -64,15 +84,14 @@ def uniform(
 
     Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.uniform_>
     """
-    if not isfinite(a) or not isfinite(b):
-        raise RuntimeError(f"from is out of bounds for float, but got from={a} to={b}")
+    a, b = _number("a", a), _number("b", b)
     if a > b:
         raise RuntimeError("uniform_ expects to return a [from, to) range, but found "
-                           f"from={a} > to={b}")
+                           f"from={a:g} > to={b:g}, the bounds a and b")
     return _drawn("uniform", tensor, lambda shape, key: mx.random.uniform(a, b, shape, key=key),
                   generator)
 
-# %% ../nbs/17_init.ipynb #a651a8a2
+# %% ../nbs/17_init.ipynb #c8db17d5
 @_initializer
 def normal(
     tensor: mx.array | nn.Module,  # an array like the one wanted, or a layer to set the weight of
@@ -84,13 +103,14 @@ def normal(
 
     Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.normal_>
     """
-    if not std >= 0: raise RuntimeError(f"normal expects std >= 0.0, but found std {std}")
+    mean, std = _number("mean", mean), _number("std", std)
+    if std < 0: raise RuntimeError(f"normal expects std >= 0.0, but found std {std:g}")
     spread = std / sqrt(2) if tensor.dtype == mx.complex64 else std
     drawn = _drawn("normal", tensor, lambda shape, key: spread * mx.random.normal(shape, key=key),
                    generator)
     return (drawn + mean).astype(tensor.dtype)
 
-# %% ../nbs/17_init.ipynb #3d140b20
+# %% ../nbs/17_init.ipynb #5b5ef7b4
 @_initializer
 def constant(
     tensor: mx.array | nn.Module,  # an array like the one wanted, or a layer to set the weight of
@@ -98,13 +118,27 @@ def constant(
 ) -> mx.array:  # of the same shape and dtype
     """One value everywhere. Raises `TypeError` for anything but a number.
 
+    Raises `RuntimeError` for a number that the dtype can't hold.
+
     Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.constant_>
     """
-    if not isinstance(val, (int, float, complex)):
+    if not isinstance(val, Number):
         raise TypeError(f"constant(): argument 'val' must be a number, not {type(val).__name__}")
-    return mx.full(tensor.shape, val, tensor.dtype)
+    if tensor.dtype == mx.complex64: return mx.full(tensor.shape, complex(val), mx.complex64)
+    return mx.full(tensor.shape, _converted(val, tensor.dtype), tensor.dtype)
 
-# %% ../nbs/17_init.ipynb #0d5488ab
+def _converted(val, dtype):
+    "A number as one of a dtype that isn't complex."
+    if dtype == mx.bool_: return bool(val)
+    whole = mx.issubdtype(dtype, mx.integer)
+    limits = (mx.iinfo if whole else mx.finfo)(dtype)
+    fits = isinstance(val, Real) and (limits.min <= val <= limits.max
+                                      or not whole and not isfinite(val))
+    if fits: return int(val) if whole else float(val)
+    raise RuntimeError(f"value cannot be converted to type {dtype} without overflow, but got "
+                       f"val={val}")
+
+# %% ../nbs/17_init.ipynb #79e4f830
 @_initializer
 def zeros(
     tensor: mx.array | nn.Module,  # an array like the one wanted, or a layer to set the weight of
@@ -125,7 +159,7 @@ def ones(
     """
     return mx.ones(tensor.shape, tensor.dtype)
 
-# %% ../nbs/17_init.ipynb #e6558f65
+# %% ../nbs/17_init.ipynb #c7ff361c
 def _redrawn(draw, shape, key):
     "Entries of `draw(shape, key) -> (values, accepted)`, each drawn until it is accepted."
     result, pending = mx.zeros(shape), mx.ones(shape, mx.bool_)
@@ -149,9 +183,12 @@ def _truncated(mean, std, a, b):
         values = mx.random.uniform(a, b, shape, key=one)
         density = mx.exp((peak**2 - ((values - mean) / std) ** 2) / 2)
         return values, mx.random.uniform(0, 1, shape, key=other) < density
-    return normal_values if below(b) - below(a) > 0.3 else uniform_values
+    if below(b) - below(a) > 0.3: return normal_values
+    _number("a", a)
+    _number("b", b)
+    return uniform_values
 
-# %% ../nbs/17_init.ipynb #edde0ea0
+# %% ../nbs/17_init.ipynb #9caa057a
 @_initializer
 def trunc_normal(
     tensor: mx.array | nn.Module,  # an array like the one wanted, or a layer to set the weight of
@@ -168,8 +205,11 @@ def trunc_normal(
     by more than two standard deviations.
     Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.trunc_normal_>
     """
-    if not std > 0: raise RuntimeError(f"trunc_normal expects std > 0.0, but found std {std}")
-    if not a <= b: raise RuntimeError(f"trunc_normal expects a <= b, but found a={a} > b={b}")
+    mean, std = _number("mean", mean), _number("std", std)
+    a, b = (bound if bound in (inf, -inf) else _number(name, bound)
+            for name, bound in (("a", a), ("b", b)))
+    if std <= 0: raise RuntimeError(f"trunc_normal expects std > 0.0, but found std {std:g}")
+    if a > b: raise RuntimeError(f"trunc_normal expects a <= b, but found a={a} > b={b}")
     if tensor.dtype == mx.complex64:
         raise NotImplementedError("\"trunc_normal\" not implemented for 'complex64'")
     if mean < a - 2 * std or mean > b + 2 * std:
@@ -178,7 +218,7 @@ def trunc_normal(
     draw = _truncated(mean, std, a, b)
     return _drawn("trunc_normal", tensor, lambda shape, key: _redrawn(draw, shape, key), generator)
 
-# %% ../nbs/17_init.ipynb #e770548e
+# %% ../nbs/17_init.ipynb #fd205fc8
 def _fans(tensor):
     "Fan in and fan out, from the shape."
     if tensor.ndim < 2:
@@ -187,7 +227,7 @@ def _fans(tensor):
     outputs, inputs, *kernel = tensor.shape
     return inputs * prod(kernel), outputs * prod(kernel)
 
-# %% ../nbs/17_init.ipynb #295ce0aa
+# %% ../nbs/17_init.ipynb #10a4abd9
 _GAIN_1 = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
            "conv_transpose3d", "sigmoid")
 
@@ -202,7 +242,8 @@ def calculate_gain(
     """
     if nonlinearity == "leaky_relu":
         slope = 0.01 if param is None else param
-        if isinstance(slope, bool) or not isinstance(slope, (int, float)):
+        number = isinstance(slope, (int, float)) and not isinstance(slope, bool)
+        if not number or not isfinite(slope):
             raise ValueError(f"negative_slope {param} not a valid number")
         return sqrt(2 / (1 + slope**2))
     gains = dict.fromkeys(_GAIN_1, 1) | {"tanh": 5 / 3, "relu": sqrt(2), "selu": 3 / 4}
@@ -210,10 +251,10 @@ def calculate_gain(
         raise ValueError(f"Unsupported nonlinearity {nonlinearity}")
     return gains[nonlinearity]
 
-# %% ../nbs/17_init.ipynb #370c6706
+# %% ../nbs/17_init.ipynb #686f1ebc
 def _xavier_std(tensor, gain):
     fans = sum(_fans(tensor))
-    return gain * sqrt(2 / fans) if fans else 0.0
+    return _number("gain", gain) * sqrt(2 / fans) if fans else 0.0
 
 @_initializer
 def xavier_uniform(
@@ -228,7 +269,7 @@ def xavier_uniform(
     bound = sqrt(3) * _xavier_std(tensor, gain)
     return uniform(tensor, -bound, bound, generator)
 
-# %% ../nbs/17_init.ipynb #0f1bfcd0
+# %% ../nbs/17_init.ipynb #0c97a10b
 @_initializer
 def xavier_normal(
     tensor: mx.array | nn.Module,  # an array like the one wanted, or a layer to set the weight of
@@ -241,7 +282,7 @@ def xavier_normal(
     """
     return normal(tensor, 0.0, _xavier_std(tensor, gain), generator)
 
-# %% ../nbs/17_init.ipynb #83df20d0
+# %% ../nbs/17_init.ipynb #95e0b1fd
 def _kaiming_std(tensor, a, mode, nonlinearity):
     if not isinstance(mode, str) or mode.lower() not in ("fan_in", "fan_out"):
         raise ValueError(f"Mode {mode} not supported, please use one of ['fan_in', 'fan_out']")
@@ -266,7 +307,7 @@ def kaiming_uniform(
     bound = sqrt(3) * _kaiming_std(tensor, a, mode, nonlinearity)
     return uniform(tensor, -bound, bound, generator)
 
-# %% ../nbs/17_init.ipynb #4cf3e179
+# %% ../nbs/17_init.ipynb #2117984a
 @_initializer
 def kaiming_normal(
     tensor: mx.array | nn.Module,  # an array like the one wanted, or a layer to set the weight of
@@ -281,7 +322,7 @@ def kaiming_normal(
     """
     return normal(tensor, 0.0, _kaiming_std(tensor, a, mode, nonlinearity), generator)
 
-# %% ../nbs/17_init.ipynb #8da063b0
+# %% ../nbs/17_init.ipynb #5c949c7d
 @_initializer
 def orthogonal(
     tensor: mx.array | nn.Module,  # an array like the one wanted, or a layer to set the weight of
@@ -299,6 +340,8 @@ def orthogonal(
     if not mx.issubdtype(tensor.dtype, mx.floating):
         dtype = str(tensor.dtype).rpartition(".")[2]
         raise NotImplementedError(f'"orthogonal" not implemented for {dtype!r}')
+    gain = _number("gain", gain)
+    _check_key(generator)
     if tensor.size == 0: return tensor
     rows, columns = len(tensor), tensor.size // len(tensor)
     q, r = mx.linalg.qr(mx.random.normal((max(rows, columns), min(rows, columns)), key=generator),
@@ -306,7 +349,7 @@ def orthogonal(
     q = gain * q * mx.sign(mx.diag(r))
     return (q.T if rows < columns else q).reshape(tensor.shape).astype(tensor.dtype)
 
-# %% ../nbs/17_init.ipynb #76929d97
+# %% ../nbs/17_init.ipynb #d499df32
 @_initializer
 def dirac(
     tensor: mx.array | nn.Module,  # an array like the one wanted, or a layer to set the weight of
@@ -332,7 +375,7 @@ def dirac(
     result[(first, second, *(k // 2 for k in kernel))] = 1
     return result
 
-# %% ../nbs/17_init.ipynb #874e1d43
+# %% ../nbs/17_init.ipynb #1f7e1a80
 def _in_place(f):
     "An initialiser that writes into the array, and is named with an underscore."
     def wrapper(tensor, *args, **kwargs):
@@ -346,7 +389,7 @@ def _in_place(f):
     wrapper.__signature__, wrapper.__delwrap__ = signature(f), f  # nbdev reads comments there
     return wrapper
 
-# %% ../nbs/17_init.ipynb #6607d60c
+# %% ../nbs/17_init.ipynb #467f2a08
 uniform_, normal_, constant_, zeros_, ones_ = map(_in_place, (
     uniform, normal, constant, zeros, ones))
 trunc_normal_, xavier_uniform_, xavier_normal_ = map(_in_place, (

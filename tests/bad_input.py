@@ -294,6 +294,20 @@ alone("others", "save_torch_state", model=_conv1d,
       file=lambda: os.path.join(tempfile.mkdtemp(), "state.safetensors"))
 for name in ("upgrade", "downgrade"):
     alone("others", name, model=lambda: mlx.nn.Sequential(mlx.nn.Conv1d(2, 4, 3)))
+_DRAWS = {"uniform": {"a": 0.0, "b": 1.0}, "normal": {"mean": 0.0, "std": 1.0},
+          "trunc_normal": {"mean": 0.0, "std": 1.0, "a": -2.0, "b": 2.0},
+          "xavier_uniform": {"gain": 1.0}, "xavier_normal": {"gain": 1.0},
+          "orthogonal": {"gain": 1.0},
+          **{f"kaiming_{kind}": {"a": 0.1, "mode": "fan_in", "nonlinearity": "leaky_relu"}
+             for kind in ("uniform", "normal")}}
+for end in ("", "_"):
+    for name, arguments in _DRAWS.items():
+        alone("init", f"init.{name}{end}", tensor=lambda: mx.ones((4, 2, 3)), **arguments,
+              generator=lambda: mx.random.key(0))
+    for name in ("zeros", "ones"): alone("init", f"init.{name}{end}", tensor=lambda: mx.ones(3))
+    alone("init", f"init.constant{end}", tensor=lambda: mx.ones((4, 2, 3)), val=0.5)
+    alone("init", f"init.dirac{end}", tensor=lambda: mx.ones((4, 2, 3)), groups=2)
+alone("init", "init.calculate_gain", nonlinearity="leaky_relu", param=0.2)
 alone("draw", "draw.window", layer_or_kernel_size=3, size=6, stride=1, padding=1, dilation=1,
       output_padding=0, transposed=False, step=None, input=None)
 alone("draw", "draw.frames", layer_or_kernel_size=3, size=6, steps=(0, 1))
@@ -503,7 +517,8 @@ def anything_goes(name, argument, label):
             or argument in ("strict", "assign", "stacked", "transposed", "bias")
             or (argument, label) in {("dtype", "a dtype"), ("input", "[[1.0]]"), ("input", "((1,),)"),
                                      ("layer_or_kernel_size", "[[1.0]]"), ("layers", "((1,),)"),
-                                     ("layer_or_kernel", "[[1.0]]"), ("numbers", "a dict")})
+                                     ("layer_or_kernel", "[[1.0]]"), ("numbers", "a dict"),
+                                     ("val", "nan"), ("val", "inf"), ("b", "inf")})
 
 FLAGS = "None", "a string", "2.0", "()", "an array", "a NumPy array", "an object"  # enough there
 
@@ -535,7 +550,8 @@ PHRASES = {  # how else a message names an argument: in PyTorch's words, or by w
     "values": "input dimension|dimensions for input",
     "input": "in channels", "input_shape": "input|channels", "size": "input", "dtype": "input type",
     "x": "input|channels|output", "plot": "axes", "steps": "step", "call": "input type",
-    "layer_or_output": "output",
+    "layer_or_output": "output", "tensor": "not implemented for|tensors with|dim 0 must be",
+    "param": "negative slope",
 }
 ANY = (  # what is said about several arguments at once
     "beyond what mlx can index", "uninitialized parameter", "axis must be", "possible here",

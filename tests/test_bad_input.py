@@ -24,8 +24,9 @@ NOT_CALLED_BY_USERS = {  # public to other modules, which pass what has been che
     "padding": {"check_array", "flip", "pad_axes"}, "blas": {"Info"}, "base": {"IncompatibleKeys"},
     "draw": {"Picture", "BLUE", "ORANGE", "CYAN", "INK", "GREY", "PAPER", "WIDTH", "HEIGHT",
              "FONT"},
+    "plain": {"refuse", "check_plain", "pad_plainly", "convolve_plainly"},
     "explain": {"Run", "Explanation"}}
-WITHOUT_ARGUMENTS = {"fast", "load", "info", "raise_cache_limit"}
+WITHOUT_ARGUMENTS = {"fast", "load", "info", "raise_cache_limit", "plain_operations", "is_plain"}
 
 
 @pytest.mark.parametrize("group", bad_input.SUBJECTS)
@@ -45,8 +46,8 @@ def test_nonsense(group):
 def test_every_public_function_is_attacked():
     subjects = {name.rpartition(".")[2] for group in bad_input.SUBJECTS.values() for name in group}
     modules = ("arithmetic", "padding", "dilation", "functional", "base", "conv", "transposed",
-               "lazy", "convert", "draw", "blas", "memory", "algorithms.explain")
-    names = set(flashconv.__all__) - {"blas", "functional"}
+               "lazy", "convert", "draw", "blas", "memory", "algorithms.explain", "init", "plain")
+    names = set(flashconv.__all__) - {"blas", "functional", "init"}
     for module in modules:
         public = importlib.import_module(f"flashconv.{module}").__all__
         names |= set(public) - NOT_CALLED_BY_USERS.get(module.rpartition(".")[2], set())

@@ -268,10 +268,11 @@ MISTAKES = [
      lambda I, x: I.uniform_(x, 2, 1)),
     (RuntimeError, "normal expects std >= 0.0, but found std -1", (3,),
      lambda I, x: I.normal_(x, 0, -1)),
-    (RuntimeError, "from is out of bounds for float", (3, 3),
+    (RuntimeError, "is out of bounds for float", (3, 3),
      lambda I, x: I.xavier_uniform_(x, float("inf"))),
-    (RuntimeError, "from is out of bounds for float", (3, 3),
-     lambda I, x: I.kaiming_uniform_(x, float("nan"))),
+    (RuntimeError, "is out of bounds for float", (3,),
+     lambda I, x: I.uniform_(x, 0, float("nan"))),
+    (RuntimeError, "value cannot be converted to type", (3,), lambda I, x: I.constant_(x, 1j)),
     (TypeError, "", (3, 3), lambda I, x: I.xavier_uniform_(x, "a")),
     (TypeError, "", (3, 3), lambda I, x: I.constant_(x, "a")),
 ]
@@ -311,12 +312,27 @@ def test_lazy_layers(name):
     assert type(layer) is fc.LazyConv1d and layer.has_uninitialized_params()
 
 
+@pytest.mark.filterwarnings("ignore:mean is more than 2 std")
 def test_trunc_normal_refuses():
     "What PyTorch answers with an accident or with numbers that mean nothing."
     nan = float("nan")
-    for kw in ({"std": 0}, {"std": -1}, {"std": nan}, {"a": 2, "b": 1}, {"a": nan}):
+    for kw in ({"std": 0}, {"std": -1}, {"a": 2, "b": 1}):
         with pytest.raises(RuntimeError, match="trunc_normal expects"):
             init.trunc_normal(mx.zeros(3), **kw)
+    for kw in ({"std": nan}, {"a": nan}, {"mean": math.inf}, {"a": 5, "b": math.inf}):
+        with pytest.raises(RuntimeError, match="is out of bounds for float"):
+            init.trunc_normal(mx.zeros(3), **kw)
+    assert mx.isfinite(init.trunc_normal(mx.zeros(3), a=-math.inf, b=math.inf)).all()
+
+
+@pytest.mark.parametrize("dtype, val", ((mx.int8, 300), (mx.int16, 1e9), (mx.int32, math.inf)),
+                         ids=str)
+def test_constants_that_a_dtype_cannot_hold(dtype, val):
+    "A RuntimeError, in PyTorch as well."
+    kind = getattr(torch, str(dtype).rpartition(".")[2])
+    for library, x in ((init, mx.zeros(3, dtype)), (torch.nn.init, torch.empty(3, dtype=kind))):
+        with pytest.raises(RuntimeError, match="cannot be converted to type"):
+            library.constant_(x, val)
 
 
 def test_warnings():
