@@ -56,6 +56,15 @@ void all_at_once(int rounds) {
   }
 }
 
+void just_asleep(int rounds) {  // calls that come while helpers fall asleep, each of which needs one
+  for (int round = 0; round < rounds; round++) {
+    Meeting meeting{{0}, 2};
+    pool()->run_together(2, meet, &meeting);
+    timespec time{0, round * 7919 % 400 * 1000};  // 0 to 0.4 ms
+    nanosleep(&time, nullptr);
+  }
+}
+
 void rest() {  // until every helper sleeps
   timespec time{0, 20000000};
   nanosleep(&time, nullptr);
@@ -74,6 +83,8 @@ int main(int, char** argv) {
     for (auto& stream : streams) stream.join();
     rest();
     each_job_once(100);
+    set_threads(2);
+    just_asleep(1000);
   }
   if (std::atoi(argv[1])) {  // ThreadSanitizer does not follow a child with threads
     pid_t child = fork();

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..blas import _in_use
 
-# %% ../../nbs/kernels/00_under_mlx.ipynb #b927ce22
+# %% ../../nbs/kernels/00_under_mlx.ipynb #31e52bb0
 _glue = None  # the module, once it is loaded
 call = None  # its `convolve`, while convolutions run in kernels
 _files = ()  # the libraries, then
@@ -35,7 +35,7 @@ def available() -> bool:
             if not _is_settled: _settle()
     return call is not None
 
-# %% ../../nbs/kernels/00_under_mlx.ipynb #b60090a9
+# %% ../../nbs/kernels/00_under_mlx.ipynb #11f08831
 def _settle():
     "Load the kernels or find out why there are none, once and for all."
     global _reason, _is_settled
@@ -49,7 +49,7 @@ def _settle():
         raise RuntimeError(f"FLASHCONV_KERNELS=require: {_reason}")
     _is_settled = True
 
-# %% ../../nbs/kernels/00_under_mlx.ipynb #91c95687
+# %% ../../nbs/kernels/00_under_mlx.ipynb #97b20737
 def _try(wish):
     "Load the kernels, compiled first if they have to be."
     global _glue, _files, _reason, call
@@ -68,12 +68,12 @@ def _try(wish):
     call = module.convolve
     lend_threads(_in_use())
 
-# %% ../../nbs/kernels/00_under_mlx.ipynb #4758e960
+# %% ../../nbs/kernels/00_under_mlx.ipynb #2177b82d
 _ADVICE = (
     "flashconv works without its kernels, so convolutions on the CPU are several times slower: "
     "{}. `python -m flashconv build` tries again, FLASHCONV_KERNELS=off silences this.")
 
-# %% ../../nbs/kernels/00_under_mlx.ipynb #f3e380f8
+# %% ../../nbs/kernels/00_under_mlx.ipynb #e959b9a5
 def use(
     wanted: bool,  # whether convolutions on the CPU are to run in kernels
 ) -> None:
@@ -87,7 +87,7 @@ def use(
     if wanted and _glue is None: raise RuntimeError(f"there are no kernels: {_reason}")
     call = _glue.convolve if wanted else None
 
-# %% ../../nbs/kernels/00_under_mlx.ipynb #e6adf3f4
+# %% ../../nbs/kernels/00_under_mlx.ipynb #efa941ae
 def lend_threads(
     library: str | None,  # the BLAS in use, a file
 ) -> bool:  # whether it takes them: OpenBLAS does
@@ -104,7 +104,7 @@ def lend_threads(
         return True
     return False
 
-# %% ../../nbs/kernels/00_under_mlx.ipynb #ec727719
+# %% ../../nbs/kernels/00_under_mlx.ipynb #c2119f78
 @lru_cache(maxsize=4096)
 def spec(
     stride: tuple,  # step per axis
@@ -123,7 +123,7 @@ def spec(
     """
     return _glue.Spec(stride, padding, dilation, groups, channels_last, output_padding)
 
-# %% ../../nbs/kernels/00_under_mlx.ipynb #b61f5801
+# %% ../../nbs/kernels/00_under_mlx.ipynb #4d828fa2
 class Info(NamedTuple):
     "What convolutions on the CPU run in."
     kernels: bool  # whether in kernels
@@ -138,4 +138,5 @@ class Info(NamedTuple):
 
 def info() -> Info:
     "What convolutions on the CPU run in and why, without building anything."
-    return Info(call is not None, _reason, _glue and _glue.threads(), _files)
+    reason = _reason if call or not _glue else "turned off by use(False)"
+    return Info(call is not None, reason, _glue and _glue.threads(), _files)

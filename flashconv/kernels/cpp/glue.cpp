@@ -41,7 +41,7 @@ constexpr int64_t LARGEST = int64_t(1) << 59;  // elements, so that bytes fit in
 using Lengths = vector<int64_t>;
 
 struct Spec {
-  int axes;
+  int axes, images = 0, blocks = 0;  // images, blocks: axes that vmap has added, see below
   int64_t groups;
   bool channels_last, transposed;
   std::array<int64_t, 3> stride, dilation, before, after, extra;  // extra: output padding
@@ -98,23 +98,7 @@ int64_t x_length(const Spec& spec, int i, int64_t y, int64_t taps) {
   return whole - cut;
 }
 
-void check_size(const mx::Shape& shape) {
-  int64_t size = 1;
-  for (int64_t length : shape) {
-    bool is_too_large = __builtin_mul_overflow(size, std::max<int64_t>(length, 1), &size);
-    if (length < 0 || is_too_large || size > LARGEST) refuse("there is no array of shape ", shape);
-  }
-}
-
-void check_rank(const Spec& spec, const mx::Shape& shape, const char* what) {
-  if (int(shape.size()) != spec.axes + 2)
-    refuse(what, " must have ", spec.axes + 2, " axes, but got the shape ", shape);
-  check_size(shape);
-}
-
 mx::Shape y_shape(const Spec& spec, const mx::Shape& x, const mx::Shape& w) {
-  check_rank(spec, x, "x");
-  check_rank(spec, w, "w");
   mx::Shape y = x;
   y[spec.channel_axis()] = w[0];
   for (int i = 0; i < spec.axes; i++) {
@@ -126,8 +110,6 @@ mx::Shape y_shape(const Spec& spec, const mx::Shape& x, const mx::Shape& w) {
 }
 
 mx::Shape x_shape(const Spec& spec, const mx::Shape& w, const mx::Shape& y) {
-  check_rank(spec, w, "w");
-  check_rank(spec, y, "y");
   mx::Shape x = y;
   int64_t channels = spec.groups * w[1];
   if (channels > LONGEST) refuse("groups * ", w[1], " channels are more than 2^31-1");
@@ -141,9 +123,6 @@ mx::Shape x_shape(const Spec& spec, const mx::Shape& w, const mx::Shape& y) {
 }
 
 void check_form(const Spec& spec, const mx::Shape& x, const mx::Shape& w, const mx::Shape& y) {
-  check_rank(spec, x, "x");
-  check_rank(spec, w, "w");
-  check_rank(spec, y, "y");
   int c = spec.channel_axis();
   bool fit = x[0] == y[0] && x[c] == spec.groups * w[1] && y[c] == w[0] && w[0] % spec.groups == 0;
   for (int i = 0; i < spec.axes && fit; i++) {
@@ -159,6 +138,53 @@ void check_form(const Spec& spec, const mx::Shape& x, const mx::Shape& w, const 
 }
 
 enum Role { X, W, Y };  // in sum(y * conv(x, w))
+
+// A shape without the axes that vmap added. x and y are (images..., N, blocks..., C, *spatial) or
+// (images..., N, *spatial, blocks..., C), w is (blocks..., out, in/groups, *kernel).
+struct Parts {
+  mx::Shape plain, images, blocks;  // images: N comes last; plain has their product
+};
+
+int64_t product(const mx::Shape& lengths) {
+  int64_t size = 1;  // the compiler's own function says when 64 bits are too few
+  for (int64_t length : lengths) {
+    bool is_too_large = __builtin_mul_overflow(size, std::max<int64_t>(length, 1), &size);
+    if (length < 0 || is_too_large || size > LARGEST)
+      refuse("there is no array of shape ", lengths);
+  }
+  return std::count(lengths.begin(), lengths.end(), 0) ? 0 : size;
+}
+
+Parts split(const Spec& spec, Role role, const mx::Shape& shape) {
+  int images = role == W ? 0 : spec.images + 1, rank = spec.axes + 2 + spec.blocks;
+  if (role != W) rank += spec.images;
+  if (int(shape.size()) != rank)
+    refuse("xwy"[role], " must have ", rank, " axes, but got the shape ", shape);
+  product(shape);
+  auto lead = shape.begin() + images;
+  auto block = lead + (role != W && spec.channels_last ? spec.axes : 0), rest = block + spec.blocks;
+  Parts parts{{}, mx::Shape(shape.begin(), lead), mx::Shape(block, rest)};
+  if (role != W) {
+    int64_t count = product(parts.images);
+    if (count > LONGEST) refuse("there are more than 2^31-1 images: ", parts.images);
+    parts.plain.push_back(mx::ShapeElem(count));
+  }
+  parts.plain.insert(parts.plain.end(), lead, block);
+  parts.plain.insert(parts.plain.end(), rest, shape.end());
+  return parts;
+}
+
+mx::Shape join(const Spec& spec, Role role, const Parts& parts) {
+  mx::Shape shape = parts.images;
+  auto lead = parts.plain.begin() + (role == W ? 0 : 1);
+  auto block = lead + (role != W && spec.channels_last ? spec.axes : 0);
+  shape.insert(shape.end(), lead, block);
+  shape.insert(shape.end(), parts.blocks.begin(), parts.blocks.end());
+  shape.insert(shape.end(), block, parts.plain.end());
+  product(shape);
+  return shape;
+}
+
 enum Third { NOTHING, BIAS, LIKE };  // LIKE: an array of which only the shape is read
 
 Role made_by(Kind kind) { return kind == FORWARD ? Y : kind == INPUT_GRADIENT ? X : W; }
@@ -202,8 +228,7 @@ class Convolve : public mx::Primitive {
  private:
   Role role(int argument) const;
   mx::array derivative(int argument, const Arrays& primals, const mx::array& cotangent);
-  mx::array spread(const mx::array& bias, const mx::array& like);
-  mx::array mapped(const mx::array& a, int axis, int size, Role role, bool groups);
+  mx::array column(const mx::array& bias, int skip);
   Convolution geometry(const Arrays& inputs, const mx::array& output) const;
 
   SpecPtr spec;
@@ -219,21 +244,33 @@ Role Convolve::role(int argument) const {
 }
 
 vector<mx::Shape> Convolve::output_shapes(const Arrays& inputs) {
+  int c = spec->channel_axis();
   if (kind == BIAS_GRADIENT) {
-    check_rank(*spec, inputs[0].shape(), "y");
-    return {{inputs[0].shape(spec->channel_axis())}};
+    Parts y = split(*spec, Y, inputs[0].shape());
+    y.blocks.push_back(y.plain[c]);
+    return {y.blocks};
   }
-  mx::Shape form[3];
-  for (int i = 0; i < 2; i++) form[role(i)] = inputs[i].shape();
-  mx::Shape& made = form[made_by(kind)];
-  if (third == LIKE) made = inputs[2].shape();
-  else if (kind == FORWARD) made = y_shape(*spec, form[X], form[W]);
-  else if (kind == INPUT_GRADIENT && spec->is_invertible()) made = x_shape(*spec, form[W], form[Y]);
-  else made = shape;
-  check_form(*spec, form[X], form[W], form[Y]);
-  if (third == BIAS && inputs[2].shape() != mx::Shape{made[spec->channel_axis()]})
-    refuse("bias of shape ", inputs[2].shape(), " does not fit a result of shape ", made);
-  return {made};
+  Parts form[3];
+  for (int i = 0; i < 2; i++) form[role(i)] = split(*spec, role(i), inputs[i].shape());
+  auto& [x, w, y] = form;
+  Parts& made = form[made_by(kind)];
+  if (third == LIKE) made = split(*spec, X, inputs[2].shape());
+  else {
+    made = made_by(kind) == X ? y : x;
+    if (made_by(kind) == W) made.images.clear();
+    if (kind == FORWARD) made.plain = y_shape(*spec, x.plain, w.plain);
+    else if (kind == INPUT_GRADIENT && spec->is_invertible())
+      made.plain = x_shape(*spec, w.plain, y.plain);
+    else made.plain = split(*spec, made_by(kind), shape).plain;
+  }
+  check_form(*spec, x.plain, w.plain, y.plain);
+  if (x.images != y.images || x.blocks != y.blocks || x.blocks != w.blocks)
+    refuse("mapped axes must be of one length");
+  mx::Shape bias = made.blocks;
+  bias.push_back(made.plain[c]);
+  if (third == BIAS && inputs[2].shape() != bias)
+    refuse("bias of shape ", inputs[2].shape(), " must have the shape ", bias);
+  return {join(*spec, made_by(kind), made)};
 }
 
 mx::array Convolve::make(mx::Stream stream, SpecPtr spec, Kind kind, Third third, mx::Shape shape,
@@ -263,7 +300,8 @@ const char* Convolve::name() const {
 }
 
 mx::array Convolve::derivative(int argument, const Arrays& primals, const mx::array& cotangent) {
-  if (kind == BIAS_GRADIENT) return spread(cotangent, primals[0]);
+  if (kind == BIAS_GRADIENT)
+    return mx::broadcast_arrays({column(cotangent, 0), primals[0]}, stream())[0];
   if (argument == 2 && third == LIKE) return mx::zeros_like(primals[2], stream());
   if (argument == 2) return make(stream(), spec, BIAS_GRADIENT, NOTHING, {}, {cotangent});
   const mx::array& other = primals[1 - argument];
@@ -282,11 +320,14 @@ vector<mx::array> Convolve::vjp(const Arrays& primals, const Arrays& cotangents,
   return result;
 }
 
-// A bias, or the gradient of one, at every place.
-mx::array Convolve::spread(const mx::array& bias, const mx::array& like) {
-  mx::Shape column(like.ndim(), 1);
-  column[spec->channel_axis()] = bias.shape(0);
-  return mx::broadcast_arrays({mx::reshape(bias, column, stream()), like}, stream())[0];
+// A bias, or the gradient of one, as it is added at every place; axes to skip stay in front.
+mx::array Convolve::column(const mx::array& bias, int skip) {
+  vector<int> ones(spec->images + 1 + spec->axes);
+  for (int i = 0; i < int(ones.size()); i++) {
+    bool is_behind = !spec->channels_last && i > spec->images;
+    ones[i] = skip + i + (is_behind ? spec->blocks + 1 : 0);
+  }
+  return mx::expand_dims(bias, ones, stream());
 }
 
 vector<mx::array> Convolve::jvp(const Arrays& primals, const Arrays& tangents,
@@ -308,18 +349,11 @@ vector<mx::array> Convolve::jvp(const Arrays& primals, const Arrays& tangents,
   return {sum ? *sum : mx::zeros_like(primals[2], stream())};
 }
 
-mx::array in_front(const mx::array& a, int axis, int size, mx::Stream stream) {
-  if (axis >= 0) return mx::moveaxis(a, axis, 0, stream);
+mx::array moved(const mx::array& a, int axis, int size, int to, mx::Stream stream) {
+  if (axis >= 0) return mx::moveaxis(a, axis, to, stream);
   mx::Shape shape = a.shape();
-  shape.insert(shape.begin(), size);
-  return mx::broadcast_to(mx::expand_dims(a, 0, stream), shape, stream);
-}
-
-mx::array Convolve::mapped(const mx::array& a, int axis, int size, Role role, bool groups) {
-  mx::array front = in_front(a, axis, size, stream());
-  if (role == W || !groups) return mx::flatten(front, 0, 1, stream());
-  int c = spec->channel_axis();
-  return mx::flatten(mx::moveaxis(front, 0, c, stream()), c, c + 1, stream());
+  shape.insert(shape.begin() + to, size);
+  return mx::broadcast_to(mx::expand_dims(a, to, stream), shape, stream);
 }
 
 std::pair<vector<mx::array>, vector<int>> Convolve::vmap(const Arrays& inputs,
@@ -327,35 +361,29 @@ std::pair<vector<mx::array>, vector<int>> Convolve::vmap(const Arrays& inputs,
   int size = 0;
   for (size_t i = 0; i < inputs.size(); i++)
     if (axes[i] >= 0) size = inputs[i].shape(axes[i]);
-  bool groups = made_by(kind) == W || kind == BIAS_GRADIENT;
-  for (size_t i = 0; i < inputs.size() && i < 2; i++) groups |= role(i) == W && axes[i] >= 0;
-  bool outside = third == BIAS && axes[2] >= 0 && !groups;
+  bool sums = kind == WEIGHT_GRADIENT || kind == BIAS_GRADIENT;  // over images
+  bool blocks = sums || axes[kind == FORWARD ? 1 : 0] >= 0;
+  bool outside = third == BIAS && axes[2] >= 0 && !blocks;
+  int at = !blocks ? 0 : spec->images + 1 + (spec->channels_last ? spec->axes : 0);
 
-  Arrays joined;
-  for (size_t i = 0; i < inputs.size() && i < 2; i++)
-    joined.push_back(role(i) == W && !groups
-                         ? inputs[i]
-                         : mapped(inputs[i], axes[i], size, role(i), groups));
-  if (third == LIKE) joined.push_back(mapped(inputs[2], axes[2], size, made_by(kind), groups));
-  if (third == BIAS && !outside)
-    joined.push_back(groups ? mapped(inputs[2], axes[2], size, W, groups) : inputs[2]);
-
+  Arrays more;
+  for (size_t i = 0; i < inputs.size() - outside; i++) {
+    bool is_image = i < 2 ? role(i) != W : third == LIKE;
+    if (is_image || blocks)
+      more.push_back(moved(inputs[i], axes[i], size, is_image ? at : 0, stream()));
+    else more.push_back(inputs[i]);
+  }
   auto wider = std::make_shared<Spec>(*spec);
-  if (groups && __builtin_mul_overflow(spec->groups, int64_t(size), &wider->groups))
-    refuse("too many groups");
-  int at = made_by(kind) == W || kind == BIAS_GRADIENT || !groups ? 0 : spec->channel_axis();
+  (blocks ? wider->blocks : wider->images)++;
+  int to = sums ? 0 : at;
   mx::Shape wide = shape;
-  wide[at] *= size;
-  auto result = make(stream(), wider, kind, outside ? NOTHING : third, wide, std::move(joined));
-  result = mx::unflatten(result, at, {size, shape[at]}, stream());
+  wide.insert(wide.begin() + to, size);
+  auto result = make(stream(), wider, kind, outside ? NOTHING : third, wide, std::move(more));
   if (outside) {
-    mx::Shape column(result.ndim(), 1);
-    column[0] = size;
-    column[spec->channel_axis() + 1] = shape[spec->channel_axis()];
-    auto bias = mx::reshape(in_front(inputs[2], axes[2], size, stream()), column, stream());
+    auto bias = column(mx::moveaxis(inputs[2], axes[2], 0, stream()), 1);
     result = mx::add(result, bias, stream());
   }
-  return {{result}, {at}};
+  return {{result}, {to}};
 }
 
 Convolution Convolve::geometry(const Arrays& inputs, const mx::array& output) const {
@@ -365,24 +393,27 @@ Convolution Convolve::geometry(const Arrays& inputs, const mx::array& output) co
   g.channels_last = spec->channels_last;
   for (int64_t* lengths : {g.input, g.kernel, g.output, g.stride, g.dilation})
     std::fill_n(lengths, 3, 1);
-  mx::Shape form[3];
-  for (int i = 0; i < (kind == BIAS_GRADIENT ? 1 : 2); i++) form[role(i)] = inputs[i].shape();
+  Parts form[3];
+  auto& [x, w, y] = form;
+  for (int i = 0; i < (kind == BIAS_GRADIENT ? 1 : 2); i++)
+    form[role(i)] = split(*spec, role(i), inputs[i].shape());
   if (kind == BIAS_GRADIENT) {
-    g.groups = g.in_channels = 1;
-    g.out_channels = form[Y][spec->channel_axis()];
+    g.groups = product(y.blocks);
+    g.in_channels = 1;
+    g.out_channels = y.plain[spec->channel_axis()];
   } else {
-    form[made_by(kind)] = output.shape();
-    g.groups = spec->groups;
-    g.in_channels = form[W][1];
-    g.out_channels = form[W][0] / spec->groups;
+    form[made_by(kind)] = split(*spec, made_by(kind), output.shape());
+    g.groups = spec->groups * product(w.blocks);
+    g.in_channels = w.plain[1];
+    g.out_channels = w.plain[0] / spec->groups;
   }
-  g.batch = form[Y][0];
+  g.batch = y.plain[0];
   for (int i = 0; i < spec->axes; i++) {
     int at = spec->first_axis() + i, to = 3 - spec->axes + i;
-    g.output[to] = form[Y][at];
+    g.output[to] = y.plain[at];
     if (kind == BIAS_GRADIENT) continue;
-    g.input[to] = form[X][at];
-    g.kernel[to] = form[W][2 + i];
+    g.input[to] = x.plain[at];
+    g.kernel[to] = w.plain[2 + i];
     g.stride[to] = spec->stride[i];
     g.dilation[to] = spec->dilation[i];
     g.padding[to] = spec->before[i];
@@ -468,7 +499,7 @@ NB_MODULE(flashconv_glue, m) {
   m.def("use", [](uintptr_t run) { kernels.store(reinterpret_cast<Run>(run)); }, "run"_a);
   m.def("threads", thread_count);
   m.def("set_threads", [](int64_t count) {
-    if (count < 1 || count > 4096) refuse("threads must be 1 to 4096, but got ", count);
+    if (count < 1 || count > 1024) refuse("threads must be 1 to 1024, but got ", count);
     set_threads(count);
   }, "count"_a);
   m.def("blas_callback", [] { return reinterpret_cast<uintptr_t>(&run_blas); });
