@@ -2,6 +2,7 @@
 
 PyTorch is imported where it is needed only: a layer's probe (see `timing.py`) does without.
 """
+from functools import cached_property
 from typing import NamedTuple
 
 import flashconv
@@ -67,6 +68,19 @@ class OnMLX:
         mx.eval(ys, gradients)
         return [*ys, *gradients]
 
+    def input_gradient(self):
+        "That alone."
+        gradients = mx.vjp(self.layer, [self.x], [self.cotangent])[1]
+        mx.eval(gradients)
+        return gradients
+
+    def weight_gradient(self):
+        "That alone."
+        try: gradients = mx.vjp(lambda w: self._call(self.x, w), [self.w], [self.cotangent])[1]
+        finally: self.layer.weight = self.w
+        mx.eval(gradients)
+        return gradients
+
     def numpy(self, outputs):
         "What `forward` or `gradients` gave, in PyTorch's layout."
         wide = (a if a.dtype == mx.complex64 else a.astype(mx.float32) for a in outputs)
@@ -106,6 +120,18 @@ class OnTorch:
         "The output and the gradients of the input and the weight."
         y = self.layer(self.x)
         return [y, *self.torch.autograd.grad(y, (self.x, self.layer.weight), self.cotangent)]
+
+    @cached_property
+    def _output(self): return self.layer(self.x)
+
+    def input_gradient(self):
+        "That alone, after a forward pass that is made once."
+        return self.torch.autograd.grad(self._output, self.x, self.cotangent, retain_graph=True)
+
+    def weight_gradient(self):
+        "The same for the weight."
+        return self.torch.autograd.grad(
+            self._output, self.layer.weight, self.cotangent, retain_graph=True)
 
     def numpy(self, outputs):
         "What `forward` or `gradients` gave."

@@ -1,5 +1,6 @@
 """The choice of an algorithm: forced, explained, tuned."""
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import mlx.core as mx
@@ -153,6 +154,138 @@ def test_tune_needs_one_convolution():
     assert not choice._tuned
 
 
+LONG = (1, 1, 8000), (1, 1, 101)  # input, weight: what FFT is faster for
+FFT, DIRECT = {"fft"}, {"native", "matmul", "mec", "taps", "places", "overlap_add"}
+
+
+def ran(call, *args):
+    "The names of all algorithms that a call runs, evaluated."
+    token = choice_watchers.set((seen := [],))
+    try: mx.eval(call(*args))
+    finally: choice_watchers.reset(token)
+    return {name for name, *_ in seen}
+
+
+choice_watchers = sys.modules["flashconv.algorithms.derivatives"]._watchers
+
+
+def long_arrays(): return (mx.random.normal(shape) for shape in LONG)
+
+
+@pytest.fixture
+def everywhere():
+    "Whatever a test allows is taken back."
+    yield fc.allow_fft_everywhere
+    fc.allow_fft_everywhere(False)
+
+
+def test_no_call_takes_fft_by_default():
+    "Forward, gradients, and gradients of gradients of a long kernel."
+    x, w = long_arrays()
+    def loss(x, w): return (F.conv1d(x, w) ** 2).sum()
+    def gradient(x, w): return mx.grad(loss, (0, 1))(x, w)
+    assert ran(F.conv1d, x, w) <= DIRECT and ran(gradient, x, w) <= DIRECT
+    assert ran(mx.grad(lambda x: gradient(x, w)[1].sum()), x) <= DIRECT
+
+
+def test_a_block_allows_it():
+    "In blocks that may lie in each other, until they end, and with an error too."
+    x, w = long_arrays()
+    with fc.allow_fft():
+        assert ran(F.conv1d, x, w) == FFT
+        with fc.allow_fft(False): assert ran(F.conv1d, x, w) <= DIRECT
+        assert ran(F.conv1d, x, w) == FFT
+    with pytest.raises(KeyError), fc.allow_fft(): raise KeyError
+    assert ran(F.conv1d, x, w) <= DIRECT
+    with fc.algorithm("fft"): assert ran(F.conv1d, x, w) == FFT
+    with fc.allow_fft(), fc.algorithm("taps"): assert ran(F.conv1d, x, w) == {"taps"}
+
+
+def test_it_is_allowed_everywhere(everywhere):
+    "In threads as well, where no block says otherwise; a block is its thread's own."
+    def here():
+        x, w = long_arrays()
+        with mx.stream(mx.new_stream(mx.cpu)): return ran(F.conv1d, x, w)
+    def in_thread():
+        with ThreadPoolExecutor(1) as pool: return pool.submit(here).result()
+    with fc.allow_fft(): assert in_thread() <= DIRECT
+    everywhere()
+    assert here() == in_thread() == FFT
+    with fc.allow_fft(False): assert here() <= DIRECT and in_thread() == FFT
+    everywhere(False)
+    assert here() <= DIRECT
+
+
+@pytest.mark.parametrize("allow", (fc.allow_fft, fc.algorithm))
+def test_gradients_of_a_call_are_allowed_what_it_was(allow):
+    "The block is over when they are made; a call outside stays without, in the same gradient."
+    x, w = long_arrays()
+    def loss(x, w):
+        with allow(*["fft"] * (allow is fc.algorithm)): y = F.conv1d(x, w)
+        return (y * y).sum()
+    def both(x, w): return loss(x, w) + F.conv1d(x[..., ::2], w).sum()
+    assert ran(mx.grad(loss, (0, 1)), x, w) == FFT
+    assert ran(mx.grad(lambda x: mx.grad(loss)(x, w).sum()), x) == FFT
+    assert ran(mx.vmap(mx.grad(loss, (0, 1))), x[None], w[None]) == FFT
+    seen = ran(mx.grad(both, (0, 1)), x, w)
+    assert "fft" in seen and seen & DIRECT
+    with fc.allow_fft():
+        def without(x):
+            with fc.allow_fft(False): return F.conv1d(x, w).sum()
+        assert ran(mx.grad(without), x) <= DIRECT
+
+
+def test_compiled_and_checkpointed():
+    "A block inside the function counts at each trace, and for recomputing."
+    x, w = long_arrays()
+    def allowed(x):
+        with fc.allow_fft(): return F.conv1d(x, w)
+    assert ran(mx.compile(allowed), x) == FFT
+    assert ran(mx.compile(lambda x: F.conv1d(x, w)), x) <= DIRECT
+    assert ran(mx.grad(lambda x: mx.checkpoint(allowed)(x).sum()), x) == FFT
+    def around(x):
+        with fc.allow_fft(): y = mx.checkpoint(lambda x: F.conv1d(x, w))(x)
+        return y.sum()
+    right = mx.grad(lambda x: F.conv1d(x, w).sum())(x)
+    assert mx.allclose(mx.grad(around)(x), right, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", (None, 1, "fft", mx.array(True)))
+def test_allowed_is_a_bool(wrong):
+    "Anything else is refused, and changes nothing."
+    with pytest.raises(TypeError, match="allowed must be a bool"): fc.allow_fft_everywhere(wrong)
+    with pytest.raises(TypeError, match="allowed must be a bool"):
+        with fc.allow_fft(wrong): raise AssertionError
+    assert not choice.fft_is_allowed()
+
+
+def test_tune_ranks_what_is_allowed():
+    "FFT is timed where it is allowed, and never in place where it isn't."
+    f = partial(F.conv1d, weight=mx.random.normal((1, 1, 2000)))
+    def runs(): return fc.explain(f, (1, 1, 8000))[0].algorithm
+    assert "fft" not in fc.tune(f, (1, 1, 8000))
+    with fc.allow_fft():
+        assert runs() != "fft"  # it was not timed
+        times = fc.tune(f, (1, 1, 8000))
+        assert next(iter(times)) == "fft" == runs()
+    assert runs() == list(times)[1]
+
+
+def test_explain_says_what_fft_would_gain():
+    "The operations of transforms, where they would be taken; by hand for one block of one signal."
+    f = partial(F.conv1d, weight=mx.zeros(LONG[1]))
+    forward, *_ = runs = fc.explain(f, LONG[0])
+    rings, ring = -(-7900 // (432 - 100)), 432
+    steps = 2.5 * ring * np.log2(ring) * (2 * rings + 1) + 4 * ring * rings
+    assert forward.fft_flops == round(steps) < forward.flops / 3
+    assert "by FFT" in repr(runs) and f"{steps / 1e6:.1f}" in repr(runs)
+    with fc.allow_fft(): allowed = fc.explain(f, LONG[0])
+    assert allowed[0].algorithm == "fft" and not allowed[0].fft_flops
+    assert "by FFT" not in repr(allowed)
+    with fc.algorithm("taps"): assert not fc.explain(f, LONG[0])[0].fft_flops
+    assert "by FFT" not in repr(fc.explain(fc.Conv1d(1, 1, 3), (1, 1, 99)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_mode(name):
     "A convolution is linear in each of its arrays; the derivative of a gradient is one, too."
@@ -270,14 +403,14 @@ def test_few_windows_of_a_large_picture():
 
 
 def ruled(size, weight, batch=1, groups=1, stride=1, dilation=1, dtype=mx.float32, gpu=False,
-          blas=True, last=False, transposed=False):
+          blas=True, last=False, transposed=False, fft=True):
     "What runs for an input of `size` per axis on a machine that need not be this one, and why."
     n = len(size)
     channels = weight[0] if transposed else weight[1] * groups
     shape = (batch, *size, channels) if last else (batch, channels, *size)
     g = conv_geometry("conv", shape, weight, None, (stride,) * n, (0,) * n, (dilation,) * n, groups,
                       (0,) * n if transposed else None, last)
-    return choice._rule(g, weight, dtype, gpu, blas)
+    return choice._rule(g, weight, dtype, gpu, blas, fft)
 
 
 @pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
@@ -306,7 +439,7 @@ def ruled(size, weight, batch=1, groups=1, stride=1, dilation=1, dtype=mx.float3
     ("mec", "strips", (41, 41), (16, 8, 21, 21), {}),
     ("fft", "a long kernel", (66, 66), (64, 1, 11, 11), {"groups": 64}),
     ("mec", "strips", (66, 66), (64, 16, 11, 11), {"groups": 4}),
-    ("mec", "strips", (13, 13, 13), (16, 8, 5, 5, 7), {"batch": 64}),
+    (("matmul", "mec"), "", (13, 13, 13), (64, 8, 5, 5, 7), {"batch": 64}),
     ("native", "", (199,), (4, 8, 64), {"stride": 2, "batch": 64}),
     ("matmul", "", (199,), (4, 8, 64), {"dilation": 2, "batch": 64}),
     ("places", "fewer outputs", (9, 9), (64, 64, 8, 8), {}),
@@ -322,9 +455,14 @@ def ruled(size, weight, batch=1, groups=1, stride=1, dilation=1, dtype=mx.float3
     ("matmul", "lacks this dtype", (9, 9), (4, 4, 3, 3), {"gpu": True, "dtype": mx.complex64}),
     ("matmul", "lacks this dtype", (9,) * 3, (4, 4, 2, 2, 2), {"gpu": True, "dtype": mx.float16}),
     ("overlap_add", "a stride", (9,), (4, 4, 256), {"transposed": True, "stride": 2}),
-    ("native", "more than", (9,), (4, 4, 257), {"transposed": True, "stride": 2}),
-    ("taps", "no other", (9,), (4, 4, 257),
+    ("overlap_add", "a stride", (9,), (4, 4, 257),
      {"transposed": True, "stride": 2, "dtype": mx.complex64}),
+    ("taps", "no other", (9,), (4, 4, 3), {"transposed": True, "stride": 2, "dtype": mx.int32}),
+    # What runs instead of transforms that nobody allowed.
+    ("native", "more than 256 taps", (8192,), (64, 1, 1024), {"groups": 64, "fft": False}),
+    ("mec", "strips", (66, 66), (64, 1, 31, 31), {"groups": 64, "fft": False}),
+    ("taps", "one channel", (8192,), (64, 1, 128), {"groups": 64, "fft": False}),
+    ("matmul", "", (17, 17), (16, 8, 9, 9), {"blas": False, "batch": 64, "fft": False}),
     ("taps", "no other", (9, 9), (4, 4, 3, 3), {"dtype": mx.int32}),
     ("taps", "one channel", (40,), (16, 1, 3), {"groups": 4}),
     ("matmul", "", (40,), (20, 1, 3), {"groups": 4}),

@@ -66,7 +66,8 @@ def _stamps(x, w, pads, last):
     sizes = x.shape[spatial : spatial + len(pads)]
     if last: y = x.reshape(many, -1, inner) @ w.reshape(many, inner, -1)
     else: y = w.reshape(many, inner, -1).swapaxes(1, 2) @ x.reshape(many, inner, -1)
-    y = pad_axes(y.reshape(many, *((images, *sizes, -1) if last else (-1, images, *sizes))), margins)
+    y = y.reshape(many, *((images, *sizes, -1) if last else (-1, images, *sizes)))
+    y = pad_axes(y, margins)
     return y.reshape(many, *((images, -1, *w.shape[2:]) if last else (*w.shape[2:], images, -1)))
 
 # %% ../../nbs/algorithms/overlap.ipynb #63152adf
@@ -186,13 +187,13 @@ def _run_of(g, axis, start, stop):
     return replace(g, padding=tuple(padding), output_shape=tuple(shape))
 
 # %% ../../nbs/algorithms/overlap.ipynb #291b3b4e
-_MOST_AT_BORDERS = 1024  # taps, of which each is a step at each border
+_MOST_AT_BORDERS = 64  # taps, of which each is a step at each border
 
 @lru_cache
 def with_borders(
     algorithm: Callable,  # for convolutions
 ) -> Callable:  # for transposed ones without a stride
-    "An algorithm of which no product meets padding, up to 1024 taps and on CPUs."
+    "An algorithm of which no product meets padding, up to 64 taps and on CPUs."
     def divided(x, w, g, middle):
         if not middle: return algorithm(*as_convolution(x, w, g))
         axis, (start, stop) = len(g.stride) - len(middle), middle[0]
@@ -226,7 +227,8 @@ def _by_phases(x, w, g):
     y, rest = mx.zeros(g.output_shape, x.dtype), (0,) * len(g.stride)
     cuts, behind = [p[0] for p in g.padding], (slice(None),) * (not g.channels_last)
     for at in product(*map(range, g.stride)):
-        found = [*map(_phase, g.kernel_size, g.stride, cuts, g.dilation, g.sizes(x.shape), g.out, at)]
+        found = [*map(_phase, g.kernel_size, g.stride, cuts, g.dilation, g.sizes(x.shape), g.out,
+                      at)]
         if None in found: continue
         taps, kernel, apart, padding, counts = zip(*found)
         shape = (len(x), *counts, g.output_shape[-1]) if g.channels_last else (
