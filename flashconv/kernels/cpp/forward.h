@@ -9,7 +9,8 @@ namespace flashconv {
 
 constexpr int64_t TILE_FLOATS = 48 << 10;  // of a packed tile, and of its sums: both stay in L2
 constexpr int64_t CHUNK_FLOATS = 6 << 10;  // of what a block reads again and again: stays in L1
-constexpr int64_t LONGEST_SUM = 512;       // products added one by one, before sums of them are added
+constexpr int64_t LONGEST_SUM = 256;       // products added one by one, before sums of them are added
+constexpr int64_t MOST_CHANNELS = 128;     // packed at a time: fewer, longer rows are read faster
 constexpr int64_t TASKS_A_THREAD = 3;      // so that threads end at about the same time
 
 // How a problem is cut into tasks. A task is some outputs of some groups at the places of a tile.
@@ -62,8 +63,11 @@ inline int64_t choose_chunk(const Problem& p, int64_t rows) {
   const int64_t places = max_vectors(rows) * WIDTH + p.axes[2].span;
   int64_t lines = p.axes[2].planes.size();
   for (int i = 0; i < 2; i++) lines *= std::max<int64_t>(1, p.axes[i].first[1]);
-  const int64_t most = std::max<int64_t>(4, CHUNK_FLOATS / (lines * places));
-  return divide_up(p.inputs, divide_up(p.inputs, std::min(most, LONGEST_SUM)));
+  const int64_t taps = p.axes[0].first[1] * p.axes[1].first[1] * p.axes[2].first[1];
+  const int64_t by_sum = LONGEST_SUM / std::max<int64_t>(1, taps);
+  const int64_t by_cache = CHUNK_FLOATS / (lines * places);
+  const int64_t most = std::max<int64_t>(4, std::min({by_sum, by_cache, MOST_CHANNELS}));
+  return divide_up(p.inputs, divide_up(p.inputs, most));
 }
 
 inline double count_products(const Problem& p) {
@@ -79,29 +83,48 @@ inline int64_t count_tasks(const Problem& p, const Plan& plan) {
          divide_up(p.phases(), plan.phases_a_task);
 }
 
-// Tiles and sums that fit the cache.
-inline bool fits(const Problem& p, const Plan& plan) {
+inline bool sums_fit(const Problem& p, const Plan& plan) {
   const int64_t outputs = std::min(p.outputs, plan.blocks_a_task * MAX_ROWS) * plan.group_block;
-  const int64_t sums = plan.phases_a_task * outputs * count_vectors(p, plan.size) * WIDTH;
-  const int64_t packed = plan.group_block * plan.chunk * TileShape(p.axes, plan.size).floats;
-  return sums <= TILE_FLOATS && packed <= TILE_FLOATS;
+  return plan.phases_a_task * outputs * count_vectors(p, plan.size) * WIDTH <= TILE_FLOATS;
+}
+
+inline bool tile_fits(const Problem& p, const Plan& plan) {
+  const int64_t floats = TileShape(p.axes, plan.size).floats;
+  return plan.group_block * plan.chunk * floats <= TILE_FLOATS;
+}
+
+// Fewer channels at a time where most of a tile is what surrounds its places, else smaller tiles.
+inline bool shrink_tile(const Problem& p, Plan& plan) {
+  const int64_t places = product(plan.size) * TileShape::planes(p.axes);
+  const bool is_mostly_halo = TileShape(p.axes, plan.size).floats > 2 * places;
+  if (is_mostly_halo && plan.chunk > 4 && plan.group_block == 1) {
+    plan.chunk = divide_up(plan.chunk, 2);
+    return true;
+  }
+  return halve(plan.size);
+}
+
+// Fewer phases and outputs a task where a tile is small already, else smaller tiles.
+inline bool shrink_sums(const Problem& p, Plan& plan) {
+  const int64_t row_of_phases = p.axes[2].phases;
+  const bool is_small = count_vectors(p, plan.size) <= 4 * SUMS_IN_REGISTERS;
+  if (is_small && plan.phases_a_task > row_of_phases) {
+    plan.phases_a_task = divide_up(plan.phases_a_task / row_of_phases, 2) * row_of_phases;
+    return true;
+  }
+  if (is_small && plan.can_split_outputs(2)) {
+    plan.blocks_a_task = divide_up(plan.blocks_a_task, 2);
+    return true;
+  }
+  return halve(plan.size);
 }
 
 inline void choose_size(const Problem& p, Plan& plan) {
-  const int64_t row_of_phases = p.axes[2].phases;
   plan.size = {p.axes[0].places, p.axes[1].places, p.axes[2].places};
   plan.phases_a_task = p.phases();
   plan.blocks_a_task = plan.blocks.count;
-  while (!fits(p, plan)) {
-    const bool is_small = count_vectors(p, plan.size) <= 4 * SUMS_IN_REGISTERS;
-    if (is_small && plan.phases_a_task > row_of_phases) {
-      plan.phases_a_task = divide_up(plan.phases_a_task / row_of_phases, 2) * row_of_phases;
-    } else if (is_small && plan.can_split_outputs(2)) {
-      plan.blocks_a_task = divide_up(plan.blocks_a_task, 2);
-    } else if (!halve(plan.size)) {
-      break;
-    }
-  }
+  while (!tile_fits(p, plan) && shrink_tile(p, plan)) continue;
+  while (!sums_fit(p, plan) && shrink_sums(p, plan)) continue;
 }
 
 // Smaller tiles, then fewer outputs a task, until every thread has something to do.
@@ -338,25 +361,12 @@ void store_row_last(T* to, int64_t step, const StoredRow& row) {
                  places_of_phase(row, f), row.outputs);
 }
 
-// Phases in turns: element q * phases + f is place q of phase f.
-inline void interleave_phases(float* to, const float* sums, const StoredRow& row) {
-  if (row.phases == 2) {
-    const float* odd = sums + row.phase_size;
-    for (int64_t i = 0; i < row.places; i += WIDTH) {
-      store(to + 2 * i, interleave<0>(load(sums + i), load(odd + i), Lanes()));
-      store(to + 2 * i + WIDTH, interleave<1>(load(sums + i), load(odd + i), Lanes()));
-    }
-    return;
-  }
-  store_turned(to, row.phases, sums, row.phase_size, row.places, row.phases);
-}
-
 template <class T>
 void store_row_first(T* to, int64_t channel, const StoredRow& row) {
   float* line = scratch<float>(LINE, row.phases * (row.places + WIDTH));
   for (int64_t o = 0; o < row.outputs; o++) {
     const float* sums = row.sums + o * row.output_size;
-    if (row.phases > 1) interleave_phases(line, sums, row);
+    if (row.phases > 1) interleave_phases(line, sums, row.phase_size, row.phases, row.places);
     store_row(to + o * channel, row.phases > 1 ? line : sums, row.count);
   }
 }
@@ -413,7 +423,7 @@ void store_task(const Call& call, const Task& task, const float* sums, T* writte
 // ---- all of it -----------------------------------------------------------------------------------
 
 template <class T>
-void convolve(const Problem& p, const T* read, const T* w, const void* bias, T* written,
+void convolve_dense(const Problem& p, const T* read, const T* w, const void* bias, T* written,
               const Threads& threads) {
   const Plan plan = make_plan(p, threads.count);
   Buffer memory;

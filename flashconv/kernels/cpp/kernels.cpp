@@ -1,9 +1,20 @@
 // kernels.cpp: the one function that is called from outside, compiled with all of the others.
 #include "bias_gradient.h"
+#include "depthwise.h"
 #include "forward.h"
 #include "weight_gradient.h"
 
 namespace flashconv {
+
+template <class T>
+void convolve(const Problem& p, const T* read, const T* w, const void* bias, T* written,
+              const Threads& threads) {
+  if (is_depthwise(p)) {
+    depthwise(p, read, w, bias, written, threads);
+  } else {
+    convolve_dense(p, read, w, bias, written, threads);
+  }
+}
 
 template <class T>
 void run(const Convolution& c, const void* first, const void* second, const void* bias,

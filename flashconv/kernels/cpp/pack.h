@@ -36,21 +36,14 @@ struct Row {
   int64_t source, before, count;
 };
 
-// Where plane `remainder`'s row at (depth, height) comes from; count is 0 for a row of padding.
-inline Row find_row(const std::array<Axis, 3>& axes, const Three& step, const Tile& tile,
-                    int64_t pitch, const Three& at, const Three& remainder) {
-  const int64_t depth = (tile.start[0] + at[0] + axes[0].low) * axes[0].stride + remainder[0];
-  const int64_t height = (tile.start[1] + at[1] + axes[1].low) * axes[1].stride + remainder[1];
-  const int64_t stride = axes[2].stride;
-  const int64_t width = (tile.start[2] + axes[2].low) * stride + remainder[2];
-  const int64_t before = width < 0 ? divide_up(-width, stride) : 0;
-  const int64_t behind = divide_up(axes[2].length - width, stride);
+// Which of a row's numbers are there, the same for all rows of a plane.
+inline Row find_columns(const Axis& axis, int64_t step, int64_t start, int64_t pitch,
+                        int64_t remainder) {
+  const int64_t first = (start + axis.low) * axis.stride + remainder;
+  const int64_t before = first < 0 ? divide_up(-first, axis.stride) : 0;
+  const int64_t behind = divide_up(axis.length - first, axis.stride);
   const int64_t end = behind < pitch ? behind : pitch;
-  const bool is_inside = depth >= 0 && depth < axes[0].length && height >= 0 &&
-                         height < axes[1].length && before < end;
-  if (!is_inside) return {0, pitch, 0};
-  const int64_t first = width + before * stride;
-  return {depth * step[0] + height * step[1] + first * step[2], before, end - before};
+  return {(first + before * axis.stride) * step, before, before < end ? end - before : 0};
 }
 
 // The rows of all planes of a tile, in the order in which they are packed.
@@ -58,6 +51,22 @@ struct TileRows {
   const Row* rows;
   int64_t count, pitch, step;  // step: from a row's element to the next
 };
+
+inline Row* find_plane_rows(const std::array<Axis, 3>& axes, const Three& step, const Tile& tile,
+                            const TileShape& shape, int64_t plane_depth, int64_t plane_height,
+                            const Row& columns, Row* row) {
+  for (int64_t d = 0; d < shape.lengths[0]; d++) {
+    const int64_t depth = (tile.start[0] + d + axes[0].low) * axes[0].stride + plane_depth;
+    for (int64_t h = 0; h < shape.lengths[1]; h++) {
+      const int64_t height = (tile.start[1] + h + axes[1].low) * axes[1].stride + plane_height;
+      const bool is_inside = depth >= 0 && depth < axes[0].length && height >= 0 &&
+                             height < axes[1].length && columns.count > 0;
+      const int64_t source = columns.source + depth * step[0] + height * step[1];
+      *row++ = is_inside ? Row{source, columns.before, columns.count} : Row{0, shape.pitch, 0};
+    }
+  }
+  return row;
+}
 
 inline TileRows find_rows(const std::array<Axis, 3>& axes, const Three& step, const Tile& tile,
                           const TileShape& shape) {
@@ -67,10 +76,10 @@ inline TileRows find_rows(const std::array<Axis, 3>& axes, const Three& step, co
   const TileRows result{row, count, shape.pitch, axes[2].stride * step[2]};
   for (int64_t depth : axes[0].planes)
     for (int64_t height : axes[1].planes)
-      for (int64_t width : axes[2].planes)
-        for (int64_t d = 0; d < shape.lengths[0]; d++)
-          for (int64_t h = 0; h < shape.lengths[1]; h++)
-            *row++ = find_row(axes, step, tile, shape.pitch, {d, h, 0}, {depth, height, width});
+      for (int64_t width : axes[2].planes) {
+        const Row columns = find_columns(axes[2], step[2], tile.start[2], shape.pitch, width);
+        row = find_plane_rows(axes, step, tile, shape, depth, height, columns, row);
+      }
   return result;
 }
 
@@ -168,18 +177,22 @@ void pack_channels(float* to, int64_t channel_size, const Source<T>& source, int
   }
 }
 
-// to[plane][depth][height][width][channel], for arrays with channels last: `channels` is rounded
-// up to whole vectors, whose last lanes may hold anything.
+// to[plane][depth][height][width][channel], for arrays with channels last: places are `place_size`
+// apart, of which the first `channels` are filled, up to a whole vector with anything.
 template <class T>
-void pack_places(float* to, const Source<T>& source, int64_t channels, const TileRows& rows) {
+void pack_places(float* to, int64_t place_size, const Source<T>& source, int64_t channels,
+                 const TileRows& rows) {
   for (int64_t r = 0; r < rows.count; r++) {
     const Row& row = rows.rows[r];
-    float* start = to + r * rows.pitch * channels;
-    clear_row(start, row.before * channels);
-    start += row.before * channels;
-    for (int64_t i = 0; i < row.count; i++, start += channels)
-      copy_row(start, source.data + row.source + i * rows.step, channels, source.end);
-    clear_row(start, (rows.pitch - row.before - row.count) * channels);
+    float* place = to + r * rows.pitch * place_size;
+    float* first = place + row.before * place_size;
+    float* behind = first + row.count * place_size;
+    float* end = place + rows.pitch * place_size;
+    const T* from = source.data + row.source;
+    for (; place < first; place += place_size) clear_row(place, channels);
+    for (; place < behind; place += place_size, from += rows.step)
+      copy_row(place, from, channels, source.end);
+    for (; place < end; place += place_size) clear_row(place, channels);
   }
 }
 
@@ -226,6 +239,21 @@ inline void store_turned(T* to, int64_t step, const float* from, int64_t row_siz
     for (int64_t i = 0; i < places; i += WIDTH)
       store_turned_block(to + i * step + start, step, from + start * row_size + i, row_size,
                          places - i, channels - start);
+  }
+}
+
+// Phases in turns: element q * phases + f is place q of phase f, whose row is f * row_size away.
+inline void interleave_phases(float* to, const float* sums, int64_t row_size, int64_t phases,
+                              int64_t places) {
+  if (phases != 2) {
+    store_turned(to, phases, sums, row_size, places, phases);
+    return;
+  }
+  for (int64_t i = 0; i < places; i += WIDTH) {
+    const Vector even = load(sums + i);
+    const Vector odd = load(sums + row_size + i);
+    store(to + 2 * i, interleave<0>(even, odd, Lanes()));
+    store(to + 2 * i + WIDTH, interleave<1>(even, odd, Lanes()));
   }
 }
 
