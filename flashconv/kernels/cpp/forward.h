@@ -1,6 +1,7 @@
 // forward.h: forward passes and input gradients of any layer.
 #pragma once
 #include <algorithm>
+#include <optional>
 
 #include "multiply.h"
 #include "problem.h"
@@ -11,6 +12,8 @@ constexpr int64_t TILE_FLOATS = 48 << 10;  // of a packed tile, and of its sums:
 constexpr int64_t CHUNK_FLOATS = 6 << 10;  // of what a block reads again and again: stays in L1
 constexpr int64_t LONGEST_SUM = 256;       // products added one by one, before sums of them are added
 constexpr int64_t MOST_CHANNELS = 128;     // packed at a time: fewer, longer rows are read faster
+constexpr int64_t MOST_SKIPPED = 21;       // taps along an axis: three axes in the bits of a number
+constexpr int64_t FEW_STRIPS = 8;          // uses of a weight that are not worth packing it
 constexpr int64_t TASKS_A_THREAD = 3;      // so that threads end at about the same time
 
 // How a problem is cut into tasks. A task is some outputs of some groups at the places of a tile.
@@ -23,7 +26,9 @@ struct Plan {
   Three size, tiles;
   bool is_flat;               // vectors run across rows, and what they sum between rows is dropped
   int64_t row_vectors;        // of a row, where they don't
-  std::vector<int64_t> vectors;  // where each starts in the tile
+  bool skips;                 // taps that see nothing but padding, vector by vector
+  bool is_packed;             // weights; else they are read where they are
+  std::vector<Spot> spots;    // the vectors of a tile's places
   Taps taps;
   int64_t channel_size;       // of the packed tile
   int64_t group_tasks, block_tasks, phase_tasks;
@@ -32,7 +37,7 @@ struct Plan {
   bool can_split_outputs(int64_t blocks) const {
     return group_block == 1 && blocks_a_task >= blocks;
   }
-  int64_t sums_size() const { return int64_t(vectors.size()) * WIDTH; }  // of an output
+  int64_t sums_size() const { return int64_t(spots.size()) * WIDTH; }  // of an output
   int64_t tasks(const Problem& p) const {
     return p.batch * group_tasks * product(tiles) * block_tasks * phase_tasks;
   }
@@ -49,6 +54,30 @@ inline int64_t row_vectors(const Three& size) {
 
 inline int64_t count_vectors(const Problem& p, const Three& size) {
   return std::min(flat_vectors(TileShape(p.axes, size), size), row_vectors(size));
+}
+
+// How many of `count` places from `first` on see the input through a tap, and not padding.
+inline int64_t count_visible(const Axis& axis, const AxisTap& tap, int64_t first, int64_t count) {
+  const int64_t behind = divide_up(axis.length - axis.planes[tap.plane], axis.stride) - tap.shift;
+  const int64_t begin = std::max(first, -tap.shift);
+  return std::max<int64_t>(0, std::min(first + count, behind) - begin);
+}
+
+inline double visible_share(const Axis& axis) {
+  if (axis.taps.empty()) return 1;
+  int64_t visible = 0;
+  for (const AxisTap& tap : axis.taps) visible += count_visible(axis, tap, 0, axis.places);
+  return double(visible) / double(axis.taps.size() * axis.places);
+}
+
+// Whether padding makes up much of what would be multiplied, as with large dilations.
+inline bool is_worth_skipping(const Problem& p) {
+  double share = 1;
+  for (const Axis& axis : p.axes) {
+    if (axis.phases > 1 || axis.taps.size() > MOST_SKIPPED) return false;
+    share *= visible_share(axis);
+  }
+  return share < 0.85;
 }
 
 // Groups of few channels share a task where channels lie side by side: rows are packed for all.
@@ -88,8 +117,12 @@ inline bool sums_fit(const Problem& p, const Plan& plan) {
   return plan.phases_a_task * outputs * count_vectors(p, plan.size) * WIDTH <= TILE_FLOATS;
 }
 
+// Rows of padding are not even packed where taps that see only padding are skipped.
 inline bool tile_fits(const Problem& p, const Plan& plan) {
-  const int64_t floats = TileShape(p.axes, plan.size).floats;
+  const TileShape shape(p.axes, plan.size);
+  int64_t floats = shape.floats;
+  for (int i = 0; i < 2 && plan.skips; i++)
+    floats = floats / shape.lengths[i] * std::min(shape.lengths[i], p.axes[i].length);
   return plan.group_block * plan.chunk * floats <= TILE_FLOATS;
 }
 
@@ -144,21 +177,31 @@ inline void share_among_threads(const Problem& p, Plan& plan, int64_t threads) {
 inline void place_vectors(const Problem& p, Plan& plan) {
   const TileShape shape(p.axes, plan.size);
   const int64_t flat = flat_vectors(shape, plan.size);
-  plan.is_flat = flat <= row_vectors(plan.size);
+  plan.is_flat = flat <= row_vectors(plan.size) && !plan.skips;
   plan.row_vectors = divide_up(plan.size[2], WIDTH);
   if (plan.is_flat) {
-    for (int64_t v = 0; v < flat; v++) plan.vectors.push_back(v * WIDTH);
+    for (int64_t v = 0; v < flat; v++) plan.spots.push_back({v * WIDTH, v * WIDTH});
     return;
   }
   for (int64_t d = 0; d < plan.size[0]; d++)
     for (int64_t h = 0; h < plan.size[1]; h++)
-      for (int64_t v = 0; v < plan.row_vectors; v++)
-        plan.vectors.push_back(shape.position(d, h) + v * WIDTH);
+      for (int64_t v = 0; v < plan.row_vectors; v++) {
+        const int64_t sum = int64_t(plan.spots.size()) * WIDTH;
+        plan.spots.push_back({shape.position(d, h) + v * WIDTH, sum});
+      }
 }
 
-inline Plan make_plan(const Problem& p, int64_t threads) {
+// Packing pays where a weight is used often: few places and many weights are read as they are.
+inline bool is_packing_worthwhile(const Problem& p, const Plan& plan) {
+  const Parts strips(plan.spots.size(), max_vectors(plan.blocks.largest()));
+  const bool reads_along_rows = p.weight_input < p.weight_output;
+  return !reads_along_rows || p.batch * product(plan.tiles) * strips.count > FEW_STRIPS;
+}
+
+inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   Plan plan;
   plan.group_block = choose_group_block(p);
+  plan.skips = is_worth_skipping(p);
   plan.blocks = Parts(p.outputs, MAX_ROWS);
   plan.chunk = choose_chunk(p, plan.blocks.largest());
   if (plan.group_block > 1) plan.chunk = p.inputs;
@@ -169,6 +212,7 @@ inline Plan make_plan(const Problem& p, int64_t threads) {
   plan.channel_size = shape.floats + WIDTH;
   plan.taps = make_taps(p.axes, shape, p.kernel);
   place_vectors(p, plan);
+  plan.is_packed = !is_float32 || is_packing_worthwhile(p, plan);
   plan.group_tasks = divide_up(p.groups, plan.group_block);
   plan.block_tasks = divide_up(plan.blocks.count, plan.blocks_a_task);
   plan.phase_tasks = divide_up(p.phases(), plan.phases_a_task);
@@ -186,19 +230,23 @@ inline int64_t packed_at(const Problem& p, const Plan& plan, int64_t group, int6
          plan.taps.first[phase] * p.inputs * p.outputs + before * plan.taps.count(phase);
 }
 
+// Reads w in the order in which it lies; what is written meanwhile fits L1.
 template <class T>
-void pack_block(const Problem& p, const Plan& plan, const T* w, int64_t phase, int64_t block,
-                float* to) {
-  const int64_t rows = plan.blocks.size(block);
-  const T* first = w + plan.blocks.begin(block) * p.weight_output;
-  for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk) {
-    const int64_t channels = std::min(plan.chunk, p.inputs - channel);
-    for (int64_t t = 0; t < plan.taps.count(phase); t++)
-      for (int64_t c = channel; c < channel + channels; c++) {
-        const T* from = first + plan.taps.begin(phase)[t].kernel + c * p.weight_input;
-        for (int64_t r = 0; r < rows; r++) *to++ = widen(from[r * p.weight_output]);
-      }
-  }
+void pack_chunk(const Problem& p, const Plan& plan, const T* w, int64_t phase, int64_t rows,
+                int64_t channels, float* to) {
+  const int64_t taps = plan.taps.count(phase);
+  const Tap* tap = plan.taps.begin(phase);
+  const bool reads_along_rows = p.weight_input < p.weight_output;
+  const int64_t outer = reads_along_rows ? rows : channels;
+  const int64_t inner = reads_along_rows ? channels : rows;
+  for (int64_t i = 0; i < outer; i++)
+    for (int64_t j = 0; j < inner; j++) {
+      const int64_t r = reads_along_rows ? i : j;
+      const int64_t c = reads_along_rows ? j : i;
+      const T* from = w + r * p.weight_output + c * p.weight_input;
+      float* first = to + c * rows + r;
+      for (int64_t t = 0; t < taps; t++) first[t * channels * rows] = widen(from[tap[t].kernel]);
+    }
 }
 
 template <class T>
@@ -207,14 +255,14 @@ void pack_weights(const Problem& p, const Plan& plan, const T* w, float* packed,
   auto pack = [&](int64_t index) {
     const int64_t group = index / plan.blocks.count;
     const int64_t block = index % plan.blocks.count;
-    const T* from = w + group * group_weights(p);
+    const T* from = w + group * group_weights(p) + plan.blocks.begin(block) * p.weight_output;
     for (int64_t phase = 0; phase < p.phases(); phase++)
-      pack_block(p, plan, from, phase, block,
-                 packed + packed_at(p, plan, group, phase, block, 0));
+      for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk)
+        pack_chunk(p, plan, from + channel * p.weight_input, phase, plan.blocks.size(block),
+                   std::min(plan.chunk, p.inputs - channel),
+                   packed + packed_at(p, plan, group, phase, block, channel));
   };
-  const Threads alone{1, nullptr};
-  const bool is_small = p.weights() < SMALL_WORK / 4;
-  run_all(is_small ? alone : threads, p.groups * plan.blocks.count, pack);
+  run_in_portions(threads, p.groups * plan.blocks.count, 4.0 * p.weights(), pack);
 }
 
 // ---- a task --------------------------------------------------------------------------------------
@@ -256,17 +304,11 @@ inline float* sums_at(float* sums, const Plan& plan, const Task& task, int64_t p
   return sums + (phase * task.groups + group) * count_outputs(plan, task) * plan.sums_size();
 }
 
-// A phase without taps is bias and nothing else.
-inline void fill_sums(float* sums, const float* start, int64_t outputs, int64_t size) {
-  for (int64_t r = 0; r < outputs; r++)
-    std::fill(sums + r * size, sums + (r + 1) * size, start[r]);
-}
-
 // What all tasks of a call share.
 struct Call {
   const Problem& problem;
   const Plan& plan;
-  const float* weights;  // packed
+  const float* weights;  // packed, or as they are
   const float* bias;     // of every output of every group
 };
 
@@ -276,43 +318,133 @@ struct Part {
   int64_t channel, channels;
 };
 
-// All blocks of outputs at some vectors of places; `first` and `count` say which.
-inline void multiply_strip(const Call& call, const Task& task, const Part& part,
-                           const Terms& terms, int64_t first, int64_t count, const float* tile,
-                           float* sums) {
+// Vectors of places that see the same taps.
+struct Strip {
+  const Spot* spots;
+  int64_t count;
+  const Tap* taps;
+  int64_t tap_count;
+};
+
+inline Weights find_weights(const Call& call, const Part& part, int64_t block) {
   const Problem& p = call.problem;
+  if (call.plan.is_packed)
+    return {call.weights + packed_at(p, call.plan, part.group, part.phase, block, part.channel),
+            0, 0};
+  const int64_t row = call.plan.blocks.begin(block) * p.weight_output;
+  return {call.weights + part.group * group_weights(p) + row + part.channel * p.weight_input,
+          p.weight_input, p.weight_output};
+}
+
+// All blocks of outputs at a strip, `most` taps at a time.
+inline void multiply_strip(const Call& call, const Task& task, const Part& part,
+                           const Strip& strip, int64_t most, const float* tile, float* sums) {
   const Plan& plan = call.plan;
-  const int64_t skipped = (terms.taps - plan.taps.begin(part.phase)) * part.channels;
-  const bool begins = part.channel == 0 && skipped == 0;
-  for (int64_t block = task.block; block < task.block + task.blocks; block++) {
-    const int64_t rows = plan.blocks.size(block);
-    const int64_t output = plan.blocks.begin(block);
-    const int64_t row = output - first_output(plan, task);
-    const float* weights = call.weights + skipped * rows +
-                           packed_at(p, plan, part.group, part.phase, block, part.channel);
-    const float* start = begins ? call.bias + part.group * p.outputs + output : nullptr;
-    find_multiply(rows, count)(terms, tile, plan.vectors.data() + first, weights, start,
-                               sums + row * plan.sums_size() + first * WIDTH, plan.sums_size());
+  for (int64_t t = 0; t == 0 || t < strip.tap_count; t += most) {
+    const Terms terms{strip.taps + t, std::min(most, strip.tap_count - t), part.channels,
+                      plan.channel_size};
+    for (int64_t block = task.block; block < task.block + task.blocks; block++) {
+      const int64_t rows = plan.blocks.size(block);
+      const int64_t output = plan.blocks.begin(block);
+      const float* bias = call.bias + part.group * call.problem.outputs + output;
+      const Multiply multiply = plan.is_packed ? find_multiply<true>(rows, strip.count) :
+                                                 find_multiply<false>(rows, strip.count);
+      multiply(terms, tile, strip.spots, find_weights(call, part, block),
+               part.channel == 0 && t == 0 ? bias : nullptr,
+               sums + (output - first_output(plan, task)) * plan.sums_size(), plan.sums_size());
+    }
   }
 }
 
-// All places. What a strip reads stays in L1 while all outputs are computed from it.
-inline void multiply_part(const Call& call, const Task& task, const Part& part, const float* tile,
-                          float* sums) {
-  const Plan& plan = call.plan;
-  const int64_t taps = plan.taps.count(part.phase);
-  if (taps == 0 && part.channel == 0) {
-    const float* start = call.bias + part.group * call.problem.outputs + first_output(plan, task);
-    fill_sums(sums, start, count_outputs(plan, task), plan.sums_size());
-  }
-  const Parts strips(plan.vectors.size(), max_vectors(plan.blocks.largest()));
+// Places in strips as wide as registers admit. What one reads stays in L1 while all outputs are
+// computed from it.
+inline void multiply_part(const Call& call, const Task& task, const Part& part, const Strip& all,
+                          const float* tile, float* sums) {
+  const Parts strips(all.count, max_vectors(call.plan.blocks.largest()));
   const int64_t most = std::max<int64_t>(1, LONGEST_SUM / part.channels);
-  for (int64_t t = 0; t < taps; t += most) {
-    const Terms terms{plan.taps.begin(part.phase) + t, std::min(most, taps - t), part.channels,
-                      plan.channel_size};
-    for (int64_t s = 0; s < strips.count; s++)
-      multiply_strip(call, task, part, terms, strips.begin(s), strips.size(s), tile, sums);
+  for (int64_t s = 0; s < strips.count; s++) {
+    const Strip strip{all.spots + strips.begin(s), strips.size(s), all.taps, all.tap_count};
+    multiply_strip(call, task, part, strip, most, tile, sums);
   }
+}
+
+// ---- padding is skipped ----------------------------------------------------------------------------
+
+// The taps of an axis, as bits, through which any of `count` places sees the input.
+inline uint64_t visible_taps(const Axis& axis, int64_t place, int64_t count) {
+  uint64_t visible = 0;
+  for (size_t t = 0; t < axis.taps.size(); t++)
+    if (count_visible(axis, axis.taps[t], place, count)) visible |= uint64_t(1) << t;
+  return visible;
+}
+
+// A tile's vectors sorted by the taps that they see, and these taps.
+class VisibleStrips {
+ public:
+  VisibleStrips(const Problem& p, const Plan& plan, const Tile& tile) {
+    struct Seen { uint64_t taps; Spot spot; };
+    std::vector<Seen> seen;
+    const Spot* spot = plan.spots.data();
+    for (int64_t d = 0; d < plan.size[0]; d++)
+      for (int64_t h = 0; h < plan.size[1]; h++)
+        for (int64_t v = 0; v < plan.row_vectors; v++) {
+          const int64_t place = tile.start[2] + v * WIDTH;
+          const int64_t count = std::clamp<int64_t>(p.axes[2].places - place, 1, WIDTH);
+          const uint64_t depths = visible_taps(p.axes[0], tile.start[0] + d, 1);
+          const uint64_t heights = visible_taps(p.axes[1], tile.start[1] + h, 1);
+          const uint64_t widths = visible_taps(p.axes[2], place, count);
+          const uint64_t taps = (depths << MOST_SKIPPED | heights) << MOST_SKIPPED | widths;
+          seen.push_back({taps, *spot++});
+        }
+    auto sees_less = [](const Seen& a, const Seen& b) { return a.taps < b.taps; };
+    std::stable_sort(seen.begin(), seen.end(), sees_less);
+    for (const Seen& s : seen) spots.push_back(s.spot);
+    for (size_t i = 0; i < seen.size();) {
+      size_t end = i;
+      while (end < seen.size() && seen[end].taps == seen[i].taps) end++;
+      ranges.push_back({int64_t(i), int64_t(end - i), int64_t(taps.size()), 0});
+      find_taps(p, plan, seen[i].taps);
+      ranges.back().tap_count = int64_t(taps.size()) - ranges.back().tap;
+      i = end;
+    }
+  }
+
+  int64_t count() const { return ranges.size(); }
+  Strip strip(int64_t i) const {
+    const Range& range = ranges[i];
+    return {spots.data() + range.spot, range.count, taps.data() + range.tap, range.tap_count};
+  }
+
+ private:
+  struct Range { int64_t spot, count, tap, tap_count; };
+
+  void find_taps(const Problem& p, const Plan& plan, uint64_t seen) {
+    const int64_t heights = p.axes[1].taps.size();
+    const int64_t widths = p.axes[2].taps.size();
+    for (const Tap& tap : plan.taps.all) {
+      const int64_t bits[] = {tap.index / widths / heights + 2 * MOST_SKIPPED,
+                              tap.index / widths % heights + MOST_SKIPPED, tap.index % widths};
+      const bool is_seen = (seen >> bits[0]) & (seen >> bits[1]) & (seen >> bits[2]) & 1;
+      if (is_seen) taps.push_back(tap);
+    }
+  }
+
+  std::vector<Spot> spots;
+  std::vector<Tap> taps;
+  std::vector<Range> ranges;
+};
+
+inline void multiply_all(const Call& call, const Task& task, const Part& part,
+                         const VisibleStrips* visible, const float* tile, float* sums) {
+  const Plan& plan = call.plan;
+  if (visible) {
+    for (int64_t i = 0; i < visible->count(); i++)
+      multiply_part(call, task, part, visible->strip(i), tile, sums);
+    return;
+  }
+  const Strip all{plan.spots.data(), int64_t(plan.spots.size()), plan.taps.begin(part.phase),
+                  plan.taps.count(part.phase)};
+  multiply_part(call, task, part, all, tile, sums);
 }
 
 // Packs and sums one chunk of channels after the other.
@@ -322,20 +454,23 @@ void sum_task(const Call& call, const Task& task, const T* read, float* sums) {
   const Plan& plan = call.plan;
   const Layout from = p.source();
   const TileShape shape(p.axes, plan.size);
-  const TileRows rows = find_rows(p.axes, from.step, task.tile, shape);
+  TileRows rows = find_rows(p.axes, from.step, task.tile, shape);
+  rows.keeps_padding = !plan.skips;
   float* tile = scratch<float>(TILE, task.groups * plan.chunk * plan.channel_size);
   Source<T> source{read + task.image * from.image, read + p.batch * from.image, from.channel,
                    from.step};
   source.data += task.group * p.inputs * from.channel;
+  std::optional<VisibleStrips> strips;
+  if (plan.skips) strips.emplace(p, plan, task.tile);
+  const VisibleStrips* visible = strips ? &*strips : nullptr;
   for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk) {
     const int64_t channels = std::min(plan.chunk, p.inputs - channel);
     pack_channels(tile, plan.channel_size, source, task.groups * channels, rows);
     source.data += channels * from.channel;
     for (int64_t f = 0; f < task.phases; f++)
       for (int64_t g = 0; g < task.groups; g++)
-        multiply_part(call, task, {task.group + g, task.phase + f, channel, channels},
-                      tile + g * channels * plan.channel_size,
-                      sums_at(sums, plan, task, f, g));
+        multiply_all(call, task, {task.group + g, task.phase + f, channel, channels}, visible,
+                     tile + g * channels * plan.channel_size, sums_at(sums, plan, task, f, g));
   }
 }
 
@@ -425,12 +560,18 @@ void store_task(const Call& call, const Task& task, const float* sums, T* writte
 template <class T>
 void convolve_dense(const Problem& p, const T* read, const T* w, const void* bias, T* written,
               const Threads& threads) {
-  const Plan plan = make_plan(p, threads.count);
-  Buffer memory;
-  float* packed = memory.reserve<float>(plan.taps.all.size() * p.groups * p.inputs * p.outputs);
+  constexpr bool is_float32 = std::is_same_v<T, float>;
+  const Plan plan = make_plan(p, threads.count, is_float32);
   const std::vector<float> start = widen_bias<T>(bias, p.groups * p.outputs);
-  pack_weights(p, plan, w, packed, threads);
-  const Call call{p, plan, packed, start.data()};
+  Buffer memory;
+  float* packed = nullptr;
+  if (plan.is_packed) {
+    packed = memory.reserve<float>(plan.taps.all.size() * p.groups * p.inputs * p.outputs);
+    pack_weights(p, plan, w, packed, threads);
+  }
+  const float* weights = packed;
+  if constexpr (is_float32) weights = plan.is_packed ? packed : w;
+  const Call call{p, plan, weights, start.data()};
   auto run = [&](int64_t index) {
     const Task task = find_task(p, plan, index);
     const int64_t outputs = task.groups * count_outputs(plan, task);

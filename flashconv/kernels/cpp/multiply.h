@@ -25,16 +25,28 @@ struct Terms {
   int64_t channels, channel_size;  // of the packed tile
 };
 
+// Where the weights of a block are: packed as [tap][channel][row], or as the layer has them.
+struct Weights {
+  const float* data;
+  int64_t channel, row;  // steps, where they are not packed
+};
+
+// A vector of places: where it starts in the tile, and where its sums are.
+struct Spot {
+  int64_t place, sum;
+};
+
 template <int ROWS, int VECTORS>
 inline __attribute__((always_inline)) void multiply_step(Vector (&sums)[ROWS][VECTORS],
                                                          const float* const (&input)[VECTORS],
-                                                         int64_t offset, const float* weights) {
+                                                         int64_t offset, const float* weights,
+                                                         int64_t row) {
   if constexpr (ROWS < VECTORS) {  // fewer weights than vectors: these stay in registers
     FLASHCONV_UNROLL
     for (int v = 0; v < VECTORS; v++) {
       const Vector x = load(input[v] + offset);
       FLASHCONV_UNROLL
-      for (int r = 0; r < ROWS; r++) sums[r][v] += x * weights[r];
+      for (int r = 0; r < ROWS; r++) sums[r][v] += x * weights[r * row];
     }
   } else {
     Vector x[VECTORS];
@@ -43,16 +55,16 @@ inline __attribute__((always_inline)) void multiply_step(Vector (&sums)[ROWS][VE
     FLASHCONV_UNROLL
     for (int r = 0; r < ROWS; r++) {
       FLASHCONV_UNROLL
-      for (int v = 0; v < VECTORS; v++) sums[r][v] += x[v] * weights[r];
+      for (int v = 0; v < VECTORS; v++) sums[r][v] += x[v] * weights[r * row];
     }
   }
 }
 
-// weights[tap][channel][row]. The block's sum starts at zero and is added to `result` as a whole:
-// a long sum is a sum of short ones, and its error grows with their number only. With `start`
-// (a number for each row) result is what is begun here, else what is added to.
-template <int ROWS, int VECTORS>
-void multiply(const Terms& terms, const float* tile, const int64_t* places, const float* weights,
+// The block's sum starts at zero and is added to `result` as a whole: a long sum is a sum of short
+// ones, and its error grows with their number only. With `start` (a number for each row) result is
+// what is begun here, else what is added to.
+template <int ROWS, int VECTORS, bool IS_PACKED>
+void multiply(const Terms& terms, const float* tile, const Spot* spots, const Weights& weights,
               const float* start, float* result, int64_t row_size) {
   Vector sums[ROWS][VECTORS];
   const float* input[VECTORS];
@@ -62,40 +74,44 @@ void multiply(const Terms& terms, const float* tile, const int64_t* places, cons
     for (int v = 0; v < VECTORS; v++) sums[r][v] = Vector{};
   }
   FLASHCONV_UNROLL
-  for (int v = 0; v < VECTORS; v++) input[v] = tile + places[v];
-  for (int64_t t = 0; t < terms.tap_count; t++) {
-    int64_t offset = terms.taps[t].offset;
+  for (int v = 0; v < VECTORS; v++) input[v] = tile + spots[v].place;
+  const int64_t row = IS_PACKED ? 1 : weights.row;
+  const int64_t channel = IS_PACKED ? ROWS : weights.channel;
+  for (const Tap* tap = terms.taps; tap < terms.taps + terms.tap_count; tap++) {
+    int64_t offset = tap->offset;
+    const int64_t skipped = IS_PACKED ? tap->index * terms.channels * ROWS : tap->kernel;
+    const float* weight = weights.data + skipped;
     for (int64_t c = 0; c < terms.channels; c++) {
-      multiply_step(sums, input, offset, weights);
+      multiply_step(sums, input, offset, weight, row);
       offset += terms.channel_size;
-      weights += ROWS;
+      weight += channel;
     }
   }
   FLASHCONV_UNROLL
   for (int r = 0; r < ROWS; r++) {
     FLASHCONV_UNROLL
     for (int v = 0; v < VECTORS; v++) {
-      float* to = result + r * row_size + v * WIDTH;
+      float* to = result + r * row_size + spots[v].sum;
       store(to, start ? sums[r][v] + start[r] : load(to) + sums[r][v]);
     }
   }
 }
 
-using Multiply = void (*)(const Terms&, const float*, const int64_t*, const float*, const float*,
+using Multiply = void (*)(const Terms&, const float*, const Spot*, const Weights&, const float*,
                           float*, int64_t);
 
-template <int ROWS, int... vectors>
+template <bool IS_PACKED, int ROWS, int... vectors>
 Multiply find_multiply(int64_t count, std::integer_sequence<int, vectors...>) {
-  static constexpr Multiply kernels[] = {multiply<ROWS, vectors + 1>...};
+  static constexpr Multiply kernels[] = {multiply<ROWS, vectors + 1, IS_PACKED>...};
   return kernels[count - 1];
 }
 
-template <int ROWS = 1>
+template <bool IS_PACKED, int ROWS = 1>
 Multiply find_multiply(int64_t rows, int64_t vectors) {
   if constexpr (ROWS <= MAX_ROWS) {
     using Counts = std::make_integer_sequence<int, max_vectors(ROWS)>;
-    return rows == ROWS ? find_multiply<ROWS>(vectors, Counts()) :
-                          find_multiply<ROWS + 1>(rows, vectors);
+    return rows == ROWS ? find_multiply<IS_PACKED, ROWS>(vectors, Counts()) :
+                          find_multiply<IS_PACKED, ROWS + 1>(rows, vectors);
   } else {
     return nullptr;  // no block has more rows
   }

@@ -52,6 +52,7 @@ inline Row find_columns(const Axis& axis, int64_t step, int64_t start, int64_t p
 struct TileRows {
   const Row* rows;
   int64_t count, pitch, step;  // step: from a row's element to the next
+  bool keeps_padding = true;   // else rows of nothing else are left as they are
 };
 
 inline Row* find_plane_rows(const std::array<Axis, 3>& axes, const Three& step, const Tile& tile,
@@ -75,7 +76,7 @@ inline TileRows find_rows(const std::array<Axis, 3>& axes, const Three& step, co
   const int64_t planes = TileShape::planes(axes);
   const int64_t count = planes * shape.lengths[0] * shape.lengths[1];
   Row* row = scratch<Row>(ROWS, count);
-  const TileRows result{row, count, shape.pitch, axes[2].stride * step[2]};
+  const TileRows result{row, count, shape.pitch, axes[2].stride * step[2], true};
   for (int64_t depth : axes[0].planes)
     for (int64_t height : axes[1].planes)
       for (int64_t width : axes[2].planes) {
@@ -114,6 +115,7 @@ inline void copy_any(float* to, const T* from, int64_t step, int64_t count) {
 
 template <class T>
 inline void pack_row(float* to, const T* data, const T* end, const Row& row, const TileRows& rows) {
+  if (row.count == 0 && !rows.keeps_padding) return;
   clear_row(to, row.before);
   float* middle = to + row.before;
   const T* from = data + row.source;
@@ -168,6 +170,7 @@ void pack_channels(float* to, int64_t channel_size, const Source<T>& source, int
   }
   for (int64_t r = 0; r < rows.count; r++) {
     const Row& row = rows.rows[r];
+    if (row.count == 0 && !rows.keeps_padding) continue;
     float* start = to + r * rows.pitch;
     const int64_t filled = row.before + row.count;
     for (int64_t c = 0; c < channels && row.before > 0; c++)

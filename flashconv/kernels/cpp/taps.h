@@ -140,6 +140,7 @@ struct TileShape {
 struct Tap {
   int64_t kernel;  // offset in the kernel
   int64_t offset;  // in the tile
+  int64_t index;   // among the taps of its phase
 };
 
 inline Tap make_tap(const std::array<Axis, 3>& axes, const TileShape& shape, const Three& kernel,
@@ -151,6 +152,7 @@ inline Tap make_tap(const std::array<Axis, 3>& axes, const TileShape& shape, con
   Tap tap;
   tap.kernel = (d.kernel * kernel[1] + h.kernel) * kernel[2] + w.kernel;
   tap.offset = plane * shape.plane + position + w.shift - axes[2].low;
+  tap.index = 0;
   return tap;
 }
 
@@ -174,7 +176,10 @@ inline Taps make_taps(const std::array<Axis, 3>& axes, const TileShape& shape, c
             for (int64_t k = axes[2].first[w]; k < axes[2].first[w + 1]; k++)
               taps.all.push_back(make_tap(axes, shape, kernel, axes[0].taps[i], axes[1].taps[j],
                                           axes[2].taps[k]));
-        taps.first.push_back(taps.all.size());
+        const int64_t count = taps.all.size();
+        for (int64_t t = taps.first.back(); t < count; t++)
+          taps.all[t].index = t - taps.first.back();
+        taps.first.push_back(count);
       }
   return taps;
 }
