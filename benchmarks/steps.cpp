@@ -84,14 +84,15 @@ std::vector<float> pack_weights(const Layer& layer, const float* w, const Taps& 
   return packed;
 }
 
-// All outputs at some vectors of places: sums[output][place], rows `size` apart.
-void multiply_all(const Layer& layer, const Terms& terms, const float* tile, const int64_t* places,
+// All outputs at some vectors of places: sums[output][place], outputs `size` apart.
+void multiply_all(const Layer& layer, const Terms& terms, const float* tile, const Spot* spots,
                   int64_t vectors, const float* weights, float* sums, int64_t size) {
   static constexpr float zeros[MAX_ROWS] = {};
   const Parts blocks(layer.outputs, MAX_ROWS);
   for (int64_t block = 0; block < blocks.count; block++) {
     const int64_t rows = blocks.size(block);
-    find_multiply(rows, vectors)(terms, tile, places, weights, zeros, sums, size);
+    const Multiply multiply = find_multiply<true>(rows, vectors);
+    multiply(terms, tile, spots, Weights{weights, 0, 0}, zeros, sums, size);
     weights += terms.tap_count * terms.channels * rows;
     sums += rows * size;
   }
@@ -101,7 +102,7 @@ extern "C" void blocks(const Layer& layer, const float* x, const float* w, float
   Taps taps;
   for (int64_t a = 0; a < layer.kernel; a++)
     for (int64_t b = 0; b < layer.kernel; b++)
-      taps.all.push_back({a * layer.kernel + b, a * layer.width + b});
+      taps.all.push_back({a * layer.kernel + b, a * layer.width + b, a * layer.kernel + b});
   const Terms terms{taps.all.data(), int64_t(taps.all.size()), layer.inputs,
                     layer.height * layer.width};
   const std::vector<float> weights = pack_weights(layer, w, taps);
@@ -111,9 +112,10 @@ extern "C" void blocks(const Layer& layer, const float* x, const float* w, float
   for (int64_t i = 0; i < layer.rows; i++)
     for (int64_t part = 0; part < parts.count; part++) {
       const int64_t j = parts.begin(part) * WIDTH;
-      int64_t places[max_vectors(MAX_ROWS)];
-      for (int64_t v = 0; v < parts.size(part); v++) places[v] = i * layer.width + j + v * WIDTH;
-      multiply_all(layer, terms, x, places, parts.size(part), weights.data(), sums.data(), size);
+      Spot spots[max_vectors(MAX_ROWS)];
+      for (int64_t v = 0; v < parts.size(part); v++)
+        spots[v] = {i * layer.width + j + v * WIDTH, v * WIDTH};
+      multiply_all(layer, terms, x, spots, parts.size(part), weights.data(), sums.data(), size);
       for (int64_t o = 0; o < layer.outputs; o++)
         store_row(layer.output(y, o, i) + j, &sums[o * size],
                   std::min(parts.size(part) * WIDTH, layer.columns - j));
@@ -154,10 +156,12 @@ void convolve_tile(const Layer& layer, const Problem& p, const Tile& tile, const
   const Terms terms{taps.begin(0), taps.count(0), layer.inputs, channel_size};
   const Parts parts(size / WIDTH, max_vectors(MAX_ROWS));
   for (int64_t part = 0; part < parts.count; part++) {
-    int64_t places[max_vectors(MAX_ROWS)];
-    for (int64_t v = 0; v < parts.size(part); v++) places[v] = (parts.begin(part) + v) * WIDTH;
-    multiply_all(layer, terms, packed, places, parts.size(part), weights.data(),
-                 sums + places[0], size);
+    Spot spots[max_vectors(MAX_ROWS)];
+    for (int64_t v = 0; v < parts.size(part); v++) {
+      const int64_t place = (parts.begin(part) + v) * WIDTH;
+      spots[v] = {place, place};
+    }
+    multiply_all(layer, terms, packed, spots, parts.size(part), weights.data(), sums, size);
   }
   const int64_t rows = std::min(tile.size[1], layer.rows - tile.start[1]);
   for (int64_t o = 0; o < layer.outputs; o++)
@@ -168,7 +172,8 @@ void convolve_tile(const Layer& layer, const Problem& p, const Tile& tile, const
 
 constexpr int64_t ROWS_OF_A_TILE = 4;
 
-void convolve(const Layer& layer, const float* x, const float* w, float* y, const Threads& threads) {
+void convolve(const Layer& layer, const float* x, const float* w, float* y,
+              const Threads& threads) {
   const Problem p = problem(layer);
   const Three size = {1, std::min(ROWS_OF_A_TILE, layer.rows), layer.columns};
   const Three tiles = count_tiles(p.written, size);
