@@ -1,5 +1,5 @@
 # make demo | make test | make fuzz | make limits | make environments | make mutants
-# make bench | make bench-models | make survey | make export | make readme | make clean
+# make bench | make bench-models | make bench-steps | make survey | make export | make readme | make clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo test fuzz limits environments mutants bench bench-models survey export readme clean
+.PHONY: demo test fuzz limits environments mutants bench bench-models bench-steps survey export readme clean
 
 demo: $(VENV)/demo-installed
 	-$(BIN)/python -m flashconv build
@@ -44,6 +44,10 @@ bench: $(VENV)/bench-installed
 bench-models: $(VENV)/bench-installed
 	-$(BIN)/python -m flashconv build
 	$(BIN)/python benchmarks/models.py $(BENCH)
+
+# The pages nbs/kernels/03 and 04 print what it writes: run them again afterwards.
+bench-steps: $(VENV)/demo-installed
+	$(BIN)/python benchmarks/steps.py
 
 # SURVEY="--seed 3 --cases 20 --torch 4": other layers than the 100 of seed 0, listed sooner.
 survey: $(VENV)/bench-installed

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flashconv import kernels
+
 pytest.importorskip("torch", reason="PyTorch is not installed")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -53,6 +55,17 @@ def test_who_cannot_says_so(out):
 def test_no_such_row():
     done = run("--rows", "no such row")
     assert done.returncode == 2 and "no row is called 'no such row'" in done.stderr
+
+
+def test_steps(tmp_path):
+    "All steps give what the loop gives, or there is no file; the pages read these names."
+    if not kernels.available(): pytest.skip(f"the steps are compiled: {kernels.info()}")
+    done = run("--quick", "--out", tmp_path, script="steps.py")
+    assert done.returncode == 0, done.stderr
+    found, kept = (json.loads((folder / "steps.json").read_text(encoding="utf-8"))
+                   for folder in (tmp_path, BENCHMARKS))
+    assert [*found["gflops"]] == [*kept["gflops"]] == ["loop", "vectors", "blocks", "tiles", "threads", "peak"]
+    assert min(found["gflops"].values()) > 0 and found["threads"] >= 1
 
 
 @pytest.fixture(scope="module")

@@ -962,6 +962,10 @@ def test_cpp_that_differs_is_seen(tmp_path):
     (tmp_path / a).write_text(texts[a] + "\n")
     (tmp_path / tool.FOLDER / "c.h").write_text("")
     assert tool.stale(tmp_path) == [a, tool.FOLDER / "c.h"]
+    cell = nbformat.v4.new_markdown_cell("```cpp\n//| export steps/d.cpp\nint d;\n```")  # none of the package's
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "nbs/kernels/2.ipynb")
+    assert tool.sources(tmp_path)[Path("steps/d.cpp")] == head + "2.ipynb\n\nint d;\n"
+    assert Path("steps/d.cpp") in tool.stale(tmp_path)
 
 
 def test_nanobind_fits_mlx():
