@@ -34,8 +34,8 @@ def _check_dtypes(name, input, weight, bias):
 def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups, data_format,
                  output_padding=None):
     "What all six functions do: check, then run. `output_padding` marks a transposed one."
-    if primitive.call is not None and follows_rule() and not is_plain():
-        y = primitive.call(n, input, weight, bias, stride, padding, dilation, groups, data_format,
+    if primitive._call is not None and follows_rule() and not is_plain():
+        y = primitive._call(n, input, weight, bias, stride, padding, dilation, groups, data_format,
                            output_padding)
         if y is not None: return y
     check_array(name, "input", input)

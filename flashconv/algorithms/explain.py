@@ -21,8 +21,8 @@ from .matmul import column_bytes
 from .mec import strip_bytes
 from .places import row_values
 from .tiles import WHOLE
-from ..kernels import primitive
 from ..arithmetic import as_ints, check_limit
+from ..kernels import primitive
 
 # %% ../../nbs/algorithms/explain.ipynb #7d10d722
 class Run(NamedTuple):

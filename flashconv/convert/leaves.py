@@ -45,7 +45,8 @@ class _Shown(nn.Module):
 
     def _extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in (dict(self) | vars(self)).items()
-                         if not name.startswith("_") and not isinstance(value, mx.array))
+                         if not name.startswith("_") and value is not None
+                         and not isinstance(value, mx.array))
 
 class _Formatted(_Shown):
     "A layer that knows where the channels are."

@@ -503,8 +503,9 @@ NB_MODULE(flashconv_glue, m) {
     set_threads(count);
   }, "count"_a);
   m.def("blas_callback", [] { return reinterpret_cast<uintptr_t>(&run_blas); });
-  m.def("convolve", &convolve, "axes"_a, "input"_a, "weight"_a, "bias"_a.none(), "stride"_a,
-        "padding"_a.none(), "dilation"_a, "groups"_a, "data_format"_a, "output_padding"_a.none());
+  m.def("convolve", &convolve, "axes"_a, "input"_a.none(), "weight"_a.none(), "bias"_a.none(),
+        "stride"_a.none(), "padding"_a.none(), "dilation"_a.none(), "groups"_a.none(),
+        "data_format"_a.none(), "output_padding"_a.none());
 
   nb::class_<Layer>(m, "Spec")
       .def("__init__", [](Layer* self, const Lengths& stride,
