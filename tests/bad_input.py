@@ -353,6 +353,16 @@ def _(L):
     return call, dict(model=model, input=mx.ones((1, 2, 8))), model.layers[0]
 
 
+@subject("others", "allow_fft")
+def _(L):
+    def in_block(allowed):
+        with flashconv.allow_fft(allowed): return _conv1d()(mx.ones((1, 2, 8)))
+    return in_block, {"allowed": True}, None
+
+
+alone("others", "allow_fft_everywhere", allowed=False)
+
+
 def _method(kind, name, arguments):
     def make(L):
         layer = getattr(flashconv, kind)(*(() if kind.startswith("Lazy") else (2,)), 4, 3)

@@ -112,3 +112,16 @@ def test_wrong_gradients_are_an_error(tmp_path):
     assert done.returncode == 1
     assert "Whisper stem, training, flashconv channels_last: wrong: off by 5.0e-01" in done.stderr
     assert "inference" not in done.stderr
+
+
+def test_survey():
+    "A case is the same each time, is timed alone, and listed beyond a limit and not below."
+    runs = [run("--only", 2, "--torch", limit, script="survey.py") for limit in (0, 1e9)]
+    for done in runs: assert done.returncode == 0, done.stderr
+    first, second = (done.stdout for done in runs)
+    for printed in (first, second):
+        assert printed.startswith("2: 1x1 32x16x22x10x4 -> 21 kernel 1x1x1\n")
+    for which in ("forward", "input_gradient", "weight_gradient"):
+        assert f"x PyTorch  {which:15} flashconv channels_last" in first
+        assert f"  {which}: flashconv " in second
+    assert "x PyTorch" not in second
