@@ -86,7 +86,6 @@ inline TileRows find_rows(const std::array<Axis, 3>& axes, const Three& step, co
   return result;
 }
 
-// ---- rows of places: channels first --------------------------------------------------------------
 // Rows are packed in the order in which they lie, so that each may write up to a vector too much:
 // the next one overwrites it, and behind the last one there is room.
 
@@ -130,8 +129,6 @@ inline void pack_row(float* to, const T* data, const T* end, const Row& row, con
   clear_row(to + filled, rows.pitch - filled);
 }
 
-// ---- rows of places out of rows of channels: channels last ---------------------------------------
-
 // WIDTH places of WIDTH channels, transposed in registers.
 template <class T>
 inline void turn_block(float* to, int64_t channel_size, const T* from, int64_t step, const T* end,
@@ -154,8 +151,6 @@ inline void turn_row(float* to, int64_t channel_size, const T* from, int64_t ste
       turn_block(to + c * channel_size + i, channel_size, from + i * step + c, step, end,
                  places - i, channels - c);
 }
-
-// ---- a tile --------------------------------------------------------------------------------------
 
 // to[channel][plane][depth][height][width], channels `channel_size` apart.
 template <class T>
@@ -200,8 +195,6 @@ void pack_places(float* to, int64_t place_size, const Source<T>& source, int64_t
     for (; place < end; place += place_size) clear_row(place, channels);
   }
 }
-
-// ---- the way back: sums become rows of an array, and nothing else is written -----------------------
 
 template <class T>
 inline void store_row(T* to, const float* from, int64_t count) {

@@ -71,7 +71,7 @@ inline Problem gradient_problem(const Convolution& c) {
 // The first weight of a group: w is (groups * out_channels, in_channels, *kernel).
 inline int64_t group_weights(const Problem& p) { return p.weights() / p.groups; }
 
-// Halves the outermost axis that can be; rows keep some vectors. False when nothing is left to halve.
+// Halves the outermost axis that can be; rows keep some vectors. False when none is left to halve.
 inline bool halve(Three& size) {
   constexpr int64_t shortest[] = {1, 1, 8 * WIDTH};
   for (int i = 0; i < 3; i++) {

@@ -165,7 +165,8 @@ struct Taps {
   const Tap* begin(int64_t phase) const { return all.data() + first[phase]; }
 };
 
-inline Taps make_taps(const std::array<Axis, 3>& axes, const TileShape& shape, const Three& kernel) {
+inline Taps make_taps(const std::array<Axis, 3>& axes, const TileShape& shape,
+                      const Three& kernel) {
   Taps taps;
   taps.first.push_back(0);
   for (int64_t d = 0; d < axes[0].phases; d++)

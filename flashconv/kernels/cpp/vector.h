@@ -51,8 +51,6 @@ inline To reinterpret(From value) {
   return result;
 }
 
-// ---- float32 -------------------------------------------------------------------------------------
-
 inline Vector load(const float* from) {
   Vector value;
   memcpy(&value, from, sizeof value);  // one unaligned load
@@ -60,8 +58,6 @@ inline Vector load(const float* from) {
 }
 
 inline void store(float* to, Vector value) { memcpy(to, &value, sizeof value); }
-
-// ---- bfloat16: the upper half of a float32 -------------------------------------------------------
 
 inline Vector load(const BFloat16* from) {
   Halves halves;
@@ -79,8 +75,6 @@ inline void store(BFloat16* to, Vector value) {
   const Halves halves = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), Halves);
   memcpy(to, &halves, sizeof halves);
 }
-
-// ---- float16: converted by an instruction where there is one -------------------------------------
 
 #if defined(__F16C__) && defined(__AVX512F__)
 
@@ -107,7 +101,9 @@ inline void store(Float16* to, Vector value) {
 
 #else
 
-inline Bits choose(Bits condition, Bits yes, Bits no) { return (condition & yes) | (~condition & no); }
+inline Bits choose(Bits condition, Bits yes, Bits no) {
+  return (condition & yes) | (~condition & no);
+}
 
 // Exponent and fraction move 13 places up; a product with 2^112 then mends the exponent's bias, and
 // normalizes the smallest numbers on the way.
@@ -140,8 +136,6 @@ inline void store(Float16* to, Vector value) {
 }
 
 #endif
-
-// ---- the ends of arrays --------------------------------------------------------------------------
 
 // The first `count` lanes from memory, zeros in the others: nothing behind them is touched.
 template <class T>
@@ -176,8 +170,6 @@ inline float widen(Float16 value) {
   return load_part(&value, 1)[0];
 #endif
 }
-
-// ---- lanes change places -------------------------------------------------------------------------
 
 // Lane i of the result is lane index[i] of the two vectors side by side.
 template <int... index>
