@@ -13,7 +13,9 @@ namespace flashconv {
 constexpr int64_t DEPTHWISE_TILE = 32 << 10;  // floats of a packed tile
 constexpr int64_t MOST_CHANNELS_A_TASK = 16;
 
-inline bool is_depthwise(const Problem& p) { return p.inputs == 1 && p.outputs == 1; }
+inline bool is_depthwise(const Problem& p) {
+  return p.inputs == 1 && p.outputs == 1 && p.shared < 0;
+}
 
 // What both layouts share: tiles, taps and weights as [group][tap of all phases].
 struct DepthwisePlan {
@@ -324,8 +326,7 @@ void depthwise_last(const Problem& p, const T* read, const T* w, const void* bia
   const int64_t taps = plan.taps.all.size();
   std::vector<float> start = widen_bias<T>(bias, p.groups);
   start.resize(blocks * PLACE);
-  Buffer memory;
-  float* weights = memory.reserve<float>(blocks * taps * PLACE);
+  float* weights = scratch<float>(WEIGHTS, blocks * taps * PLACE);
   pack_depthwise_weights(p, plan.taps, w, weights);
   auto run = [&](int64_t index) {
     const int64_t block = index % blocks;

@@ -8,6 +8,12 @@
 
 namespace flashconv {
 
+inline Problem find_problem(const Convolution& c) {
+  Problem p = c.kind == FORWARD ? forward_problem(c) : gradient_problem(c);
+  share_long_axis(p, c);
+  return p;
+}
+
 template <class T>
 void convolve(const Problem& p, const T* read, const T* w, const void* bias, T* written,
               const Threads& threads) {
@@ -24,8 +30,8 @@ void run(const Convolution& c, const void* first, const void* second, const void
   const T* a = static_cast<const T*>(first);
   const T* b = static_cast<const T*>(second);
   T* to = static_cast<T*>(result);
-  if (c.kind == FORWARD) convolve(forward_problem(c), a, b, bias, to, threads);
-  if (c.kind == INPUT_GRADIENT) convolve(gradient_problem(c), b, a, bias, to, threads);
+  if (c.kind == FORWARD) convolve(find_problem(c), a, b, bias, to, threads);
+  if (c.kind == INPUT_GRADIENT) convolve(find_problem(c), b, a, bias, to, threads);
   if (c.kind == WEIGHT_GRADIENT) weight_gradient(c, a, b, to, threads);
   if (c.kind == BIAS_GRADIENT) bias_gradient(c, a, to, threads);
 }

@@ -58,19 +58,38 @@ inline __attribute__((always_inline)) void multiply_step(Vector (&sums)[ROWS][VE
   }
 }
 
-// The block's sum starts at zero and is added to `result` as a whole: a long sum is a sum of short
-// ones, and its error grows with their number only. With `start` (a number for each row) result is
-// what is begun here, else what is added to.
-template <int ROWS, int VECTORS, bool IS_PACKED>
-void multiply(const Terms& terms, const float* tile, const Spot* spots, const Weights& weights,
-              const float* start, float* result, int64_t row_size) {
-  Vector sums[ROWS][VECTORS];
-  const float* input[VECTORS];
+template <int ROWS, int VECTORS>
+inline __attribute__((always_inline)) void clear(Vector (&sums)[ROWS][VECTORS]) {
   FLASHCONV_UNROLL
   for (int r = 0; r < ROWS; r++) {
     FLASHCONV_UNROLL
     for (int v = 0; v < VECTORS; v++) sums[r][v] = Vector{};
   }
+}
+
+// A block's sum starts at zero and is added to `result` as a whole: a long sum is a sum of short
+// ones, and its error grows with their number only. With `start` (a number for each row) result is
+// what is begun here, else what is added to.
+template <int ROWS, int VECTORS>
+inline __attribute__((always_inline)) void finish(const Vector (&sums)[ROWS][VECTORS],
+                                                  const Spot* spots, const float* start,
+                                                  float* result, int64_t row_size) {
+  FLASHCONV_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    FLASHCONV_UNROLL
+    for (int v = 0; v < VECTORS; v++) {
+      float* to = result + r * row_size + spots[v].sum;
+      store(to, start ? sums[r][v] + start[r] : load(to) + sums[r][v]);
+    }
+  }
+}
+
+template <int ROWS, int VECTORS, bool IS_PACKED>
+void multiply(const Terms& terms, const float* tile, const Spot* spots, const Weights& weights,
+              const float* start, float* result, int64_t row_size) {
+  Vector sums[ROWS][VECTORS];
+  const float* input[VECTORS];
+  clear(sums);
   FLASHCONV_UNROLL
   for (int v = 0; v < VECTORS; v++) input[v] = tile + spots[v].place;
   const int64_t row = IS_PACKED ? 1 : weights.row;
@@ -85,14 +104,7 @@ void multiply(const Terms& terms, const float* tile, const Spot* spots, const We
       weight += channel;
     }
   }
-  FLASHCONV_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    FLASHCONV_UNROLL
-    for (int v = 0; v < VECTORS; v++) {
-      float* to = result + r * row_size + spots[v].sum;
-      store(to, start ? sums[r][v] + start[r] : load(to) + sums[r][v]);
-    }
-  }
+  finish(sums, spots, start, result, row_size);
 }
 
 using Multiply = void (*)(const Terms&, const float*, const Spot*, const Weights&, const float*,
@@ -117,12 +129,15 @@ Multiply find_multiply(int64_t rows, int64_t vectors) {
 
 // `total` cut into as few parts as a limit admits, which differ by one at most.
 struct Parts {
-  int64_t total, count;
+  int64_t count, size_of_most, larger;  // the first `larger` parts have one more
 
-  Parts(int64_t total, int64_t limit) : total(total), count(divide_up(total, limit)) {}
-  int64_t begin(int64_t part) const { return total * part / count; }
-  int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
-  int64_t largest() const { return size(count - 1); }
+  Parts(int64_t total, int64_t limit)
+      : count(divide_up(total, limit)), size_of_most(total / count), larger(total % count) {}
+  int64_t begin(int64_t part) const {
+    return part * size_of_most + (part < larger ? part : larger);
+  }
+  int64_t size(int64_t part) const { return size_of_most + (part < larger); }
+  int64_t largest() const { return size(0); }
 };
 
 }  // namespace flashconv

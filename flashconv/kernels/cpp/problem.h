@@ -5,6 +5,9 @@
 
 namespace flashconv {
 
+constexpr int64_t SHARED = 4;         // places that share what they load, see shared.h
+constexpr int64_t LONGEST_SUM = 256;  // products added one by one, before sums of them are added
+
 // Reading x for y, or y for x: what is read, what is written, and how w lies between the two.
 struct Problem {
   int64_t batch, groups;
@@ -13,6 +16,9 @@ struct Problem {
   int64_t weight_input, weight_output;  // steps in w from one channel to the next
   bool channels_last;
   std::array<Axis, 3> axes;
+  int shared = -1;           // the axis that shared.h cuts into SHARED phases, or none
+  int64_t kernel_step = 0;   // along it
+  bool is_reversed = false;  // a gradient runs through the kernel backwards
 
   Layout source() const { return layout(read, groups * inputs, channels_last); }
   Layout target() const { return layout(written, groups * outputs, channels_last); }

@@ -41,7 +41,7 @@ class Buffer {
 };
 
 // What a task holds at one time, each in a buffer of its own.
-enum Slot { TILE, SECOND_TILE, SUMS, TOTALS, ROWS, LINE, SLOTS };
+enum Slot { TILE, SECOND_TILE, SUMS, TOTALS, ROWS, LINE, WEIGHTS, SLOTS };
 
 // This thread's memory for `count` numbers; what it held before is gone.
 template <class T>

@@ -421,8 +421,8 @@ template <class T>
 void weight_gradient(const Convolution& c, const T* x, const T* y, T* w, const Threads& threads) {
   const GradientPlan plan = gradient_plan(c);
   const Taps taps = make_taps(plan.axes, TileShape(plan.axes, plan.size), plan.kernel);
-  Buffer memory;
-  float* parts = plan.parts > 1 ? memory.reserve<float>(plan.parts * plan.weights()) : nullptr;
+  const bool has_parts = plan.parts > 1;
+  float* parts = has_parts ? scratch<float>(WEIGHTS, plan.parts * plan.weights()) : nullptr;
   auto run = [&](int64_t index) {
     const GradientTask task = find_gradient_task(plan, index);
     if (parts) {
