@@ -7,15 +7,16 @@
 
 #include "multiply.h"
 #include "problem.h"
+#include "shared.h"
 
 namespace flashconv {
 
 constexpr int64_t TILE_FLOATS = 48 << 10;  // of a packed tile, and of its sums: both stay in L2
 constexpr int64_t CHUNK_FLOATS = 6 << 10;  // of what a block reads again and again: stays in L1
-constexpr int64_t LONGEST_SUM = 256;       // products added one by one, before such sums are added
 constexpr int64_t MOST_CHANNELS = 128;     // packed at a time: fewer, longer rows are read faster
 constexpr int64_t MOST_SKIPPED = 21;       // taps along an axis: three axes in the bits of a number
 constexpr int64_t FEW_STRIPS = 8;          // uses of a weight that are not worth packing it
+constexpr int64_t PACKED_BLOCKS = 16;      // of weights: long enough to be read along
 constexpr int64_t TASKS_A_THREAD = 3;      // so that threads end at about the same time
 
 // How a problem is cut into tasks. A task is some outputs of some groups at the places of a tile.
@@ -30,6 +31,7 @@ struct Plan {
   int64_t row_vectors;        // of a row, where they don't
   bool skips;                 // taps that see nothing but padding, vector by vector
   bool is_packed;             // weights; else they are read where they are
+  SharedTaps shared;          // of a long kernel
   std::vector<Spot> spots;    // the vectors of a tile's places
   Taps taps;
   int64_t channel_size;       // of the packed tile
@@ -123,6 +125,7 @@ inline bool shrink_tile(const Problem& p, Plan& plan) {
 inline bool shrink_sums(const Problem& p, Plan& plan) {
   const int64_t row_of_phases = p.axes[2].phases;
   const bool is_small = count_vectors(p, plan.size) <= 4 * SUMS_IN_REGISTERS;
+  if (p.shared >= 0) return halve(plan.size);
   if (is_small && plan.phases_a_task > row_of_phases) {
     plan.phases_a_task = divide_up(plan.phases_a_task / row_of_phases, 2) * row_of_phases;
     return true;
@@ -178,39 +181,56 @@ inline int64_t packed_at(const Problem& p, const Plan& plan, int64_t group, int6
          plan.taps.first[phase] * p.inputs * p.outputs + before * plan.taps.count(phase);
 }
 
-// Reads w in the order in which it lies; what is written meanwhile fits L1.
+// One block of one chunk. Reads w in the order in which it lies: along an output's channels in
+// forward passes, along a channel's outputs in gradients.
 template <class T>
-void pack_chunk(const Problem& p, const Plan& plan, const T* w, int64_t phase, int64_t rows,
+void pack_block(const Problem& p, const T* w, const Tap* taps, int64_t count, int64_t rows,
                 int64_t channels, float* to) {
-  const int64_t taps = plan.taps.count(phase);
-  const Tap* tap = plan.taps.begin(phase);
-  const bool reads_along_rows = p.weight_input < p.weight_output;
-  const int64_t outer = reads_along_rows ? rows : channels;
-  const int64_t inner = reads_along_rows ? channels : rows;
-  for (int64_t i = 0; i < outer; i++)
-    for (int64_t j = 0; j < inner; j++) {
-      const int64_t r = reads_along_rows ? i : j;
-      const int64_t c = reads_along_rows ? j : i;
+  const int64_t tap_size = channels * rows;
+  for (int64_t r = 0; r < rows && p.weight_input < p.weight_output; r++)
+    for (int64_t c = 0; c < channels; c++) {
       const T* from = w + r * p.weight_output + c * p.weight_input;
       float* first = to + c * rows + r;
-      for (int64_t t = 0; t < taps; t++) first[t * channels * rows] = widen(from[tap[t].kernel]);
+      for (int64_t t = 0; t < count; t++) first[t * tap_size] = widen(from[taps[t].kernel]);
     }
+  for (int64_t c = 0; c < channels && p.weight_input >= p.weight_output; c++)
+    for (int64_t t = 0; t < count; t++) {
+      const T* from = w + c * p.weight_input + taps[t].kernel;
+      float* first = to + t * tap_size + c * rows;
+      for (int64_t r = 0; r < rows; r++) first[r] = widen(from[r * p.weight_output]);
+    }
+}
+
+// Some blocks of one phase, all of them for one chunk after the other: a gradient's blocks lie side
+// by side in each channel of w.
+template <class T>
+void pack_blocks(const Problem& p, const Plan& plan, const T* w, int64_t group, int64_t phase,
+                 int64_t first, int64_t end, float* packed) {
+  for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk)
+    for (int64_t b = first; b < end; b++)
+      pack_block(p, w + channel * p.weight_input + plan.blocks.begin(b) * p.weight_output,
+                 plan.taps.begin(phase), plan.taps.count(phase), plan.blocks.size(b),
+                 std::min(plan.chunk, p.inputs - channel),
+                 packed + packed_at(p, plan, group, phase, b, channel));
 }
 
 template <class T>
 void pack_weights(const Problem& p, const Plan& plan, const T* w, float* packed,
                   const Threads& threads) {
+  if (p.shared >= 0) {
+    for (int64_t g = 0; g < p.groups; g++)
+      pack_shared(p, plan.shared, w + g * group_weights(p), packed + g * plan.taps.all.size());
+    return;
+  }
+  const int64_t portions = divide_up(plan.blocks.count, PACKED_BLOCKS);
   auto pack = [&](int64_t index) {
-    const int64_t group = index / plan.blocks.count;
-    const int64_t block = index % plan.blocks.count;
-    const T* from = w + group * group_weights(p) + plan.blocks.begin(block) * p.weight_output;
+    const int64_t group = index / portions;
+    const int64_t first = index % portions * PACKED_BLOCKS;
+    const int64_t end = std::min(first + PACKED_BLOCKS, plan.blocks.count);
     for (int64_t phase = 0; phase < p.phases(); phase++)
-      for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk)
-        pack_chunk(p, plan, from + channel * p.weight_input, phase, plan.blocks.size(block),
-                   std::min(plan.chunk, p.inputs - channel),
-                   packed + packed_at(p, plan, group, phase, block, channel));
+      pack_blocks(p, plan, w + group * group_weights(p), group, phase, first, end, packed);
   };
-  run_in_portions(threads, p.groups * plan.blocks.count, 4.0 * p.weights(), pack);
+  run_in_portions(threads, p.groups * portions, 4.0 * p.weights(), pack);
 }
 
 // ---- a task -------------------------------------------------------------------------------------
@@ -346,7 +366,7 @@ inline bool is_worth_skipping(const Problem& p) {
     if (axis.phases > 1 || axis.taps.size() > MOST_SKIPPED) return false;
     share *= visible_share(axis);
   }
-  return share < 0.85;
+  return share < 0.8;
 }
 
 // The taps of an axis, as bits, through which any of `count` places sees the input.
@@ -427,6 +447,12 @@ class VisibleStrips {
 inline void multiply_all(const Call& call, const Task& task, const Part& part,
                          const VisibleStrips* visible, const float* tile, float* sums) {
   const Plan& plan = call.plan;
+  if (call.problem.shared >= 0) {
+    const int64_t group_weights = plan.taps.all.size();
+    multiply_shared(plan.shared, plan.spots, tile, call.weights + part.group * group_weights,
+                    call.bias[part.group], sums, task.groups * plan.sums_size());
+    return;
+  }
   if (visible) {
     for (int64_t i = 0; i < visible->count(); i++)
       multiply_part(call, task, part, visible->strip(i), tile, sums);
@@ -457,7 +483,8 @@ void sum_task(const Call& call, const Task& task, const T* read, float* sums) {
     const int64_t channels = std::min(plan.chunk, p.inputs - channel);
     pack_channels(tile, plan.channel_size, source, task.groups * channels, rows);
     source.data += channels * from.channel;
-    for (int64_t f = 0; f < task.phases; f++)
+    const int64_t phases = p.shared >= 0 ? 1 : task.phases;  // all four at once
+    for (int64_t f = 0; f < phases; f++)
       for (int64_t g = 0; g < task.groups; g++)
         multiply_all(call, task, {task.group + g, task.phase + f, channel, channels}, visible,
                      tile + g * channels * plan.channel_size, sums_at(sums, plan, task, f, g));
@@ -561,7 +588,8 @@ inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   plan.channel_size = shape.floats + WIDTH;
   plan.taps = make_taps(p.axes, shape, p.kernel);
   place_vectors(p, plan);
-  plan.is_packed = !is_float32 || is_packing_worthwhile(p, plan);
+  plan.is_packed = !is_float32 || p.shared >= 0 || is_packing_worthwhile(p, plan);
+  if (p.shared >= 0) plan.shared = share_taps(p, plan.taps);
   plan.group_tasks = divide_up(p.groups, plan.group_block);
   plan.block_tasks = divide_up(plan.blocks.count, plan.blocks_a_task);
   plan.phase_tasks = divide_up(p.phases(), plan.phases_a_task);
@@ -576,10 +604,9 @@ void convolve_dense(const Problem& p, const T* read, const T* w, const void* bia
   constexpr bool is_float32 = std::is_same_v<T, float>;
   const Plan plan = make_plan(p, threads.count, is_float32);
   const std::vector<float> start = widen_bias<T>(bias, p.groups * p.outputs);
-  Buffer memory;
   float* packed = nullptr;
   if (plan.is_packed) {
-    packed = memory.reserve<float>(plan.taps.all.size() * p.groups * p.inputs * p.outputs);
+    packed = scratch<float>(WEIGHTS, plan.taps.all.size() * p.groups * p.inputs * p.outputs);
     pack_weights(p, plan, w, packed, threads);
   }
   const float* weights = packed;

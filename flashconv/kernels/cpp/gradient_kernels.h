@@ -42,11 +42,7 @@ template <int ROWS, int VECTORS>
 void sum_outer(const Places& places, const float* x, const int64_t* offsets, const float* y,
                int64_t y_size, float* result, int64_t row_size) {
   Vector sums[ROWS][VECTORS];
-  FLASHCONV_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    FLASHCONV_UNROLL
-    for (int v = 0; v < VECTORS; v++) sums[r][v] = Vector{};
-  }
+  clear(sums);
   for (int64_t row = 0; row < places.count; row++) {
     const float* from[ROWS];
     FLASHCONV_UNROLL
@@ -122,11 +118,7 @@ template <int ROWS, int COLUMNS>
 void sum_dots(const Places& places, const float* x, const int64_t* offsets, const float* y,
               int64_t y_size, float* result, int64_t row_size) {
   Vector sums[ROWS][COLUMNS];
-  FLASHCONV_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    FLASHCONV_UNROLL
-    for (int c = 0; c < COLUMNS; c++) sums[r][c] = Vector{};
-  }
+  clear(sums);
   const int64_t whole = places.length / WIDTH * WIDTH;
   const Bits mask = first_lanes(places.length - whole);
   for (int64_t row = 0; row < places.count; row++) {
