@@ -8,6 +8,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
 import pytest
+from flashconv import kernels
 
 if "FLASHCONV_DEVICE" in os.environ:
     mx.set_default_device(getattr(mx, os.environ["FLASHCONV_DEVICE"]))
@@ -21,6 +22,15 @@ def pytest_configure(config):
 def torch():
     "PyTorch, for the tests that need it in a file where others don't."
     return pytest.importorskip("oracle").torch
+
+
+@pytest.fixture
+def without_kernels():
+    "What runs on a GPU, and on a CPU without a compiler."
+    were_on = kernels.available()
+    kernels.use(False)
+    yield
+    if were_on: kernels.use(True)
 
 
 @pytest.fixture(autouse=True)

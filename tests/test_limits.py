@@ -16,6 +16,8 @@ import pytest
 from flashconv.algorithms import choice, derivatives
 from flashconv.arithmetic import conv_geometry
 
+pytestmark = pytest.mark.usefixtures("without_kernels")  # MLX doesn't count what those hold
+
 MIB = 2**20
 
 

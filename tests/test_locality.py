@@ -11,6 +11,7 @@ transposed layer spreads out, no zero is ever multiplied, up to as many taps as 
 is listed with: beyond, an infinite weight may spoil the borders.
 """
 from contextlib import ExitStack, contextmanager, nullcontext
+from math import inf
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ import flashconv.functional as F
 import mlx.core as mx
 import numpy as np
 import pytest
+from flashconv import kernels
 from flashconv.algorithms import choice, mec, overlap, places, tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,9 +29,19 @@ torch = oracle.torch
 
 
 @contextmanager
+def without_kernels():
+    "What is chosen on a GPU, and on a CPU without a compiler."
+    were_on = kernels.available()
+    kernels.use(False)
+    try: yield
+    finally:
+        if were_on: kernels.use(True)
+
+
+@contextmanager
 def as_for_large_arrays():
     "What is chosen where the work of a step is all that counts, in parts of some kilobytes."
-    with ExitStack() as stack:
+    with without_kernels(), ExitStack() as stack:
         for module in (tiles, places, mec):
             stack.enter_context(patch.object(module, "WHOLE", 2**16))
         for module in (tiles, places, overlap):
@@ -40,7 +52,8 @@ def as_for_large_arrays():
         finally: choice._rule.cache_clear()
 
 
-IMPLEMENTATIONS = {"as chosen": (nullcontext, overlap._MOST_AT_BORDERS),
+IMPLEMENTATIONS = {"kernels": (nullcontext, inf),
+                   "without kernels": (without_kernels, overlap._MOST_AT_BORDERS),
                    "as for large arrays": (as_for_large_arrays, overlap._MOST_AT_BORDERS)}
 
 
@@ -48,6 +61,7 @@ IMPLEMENTATIONS = {"as chosen": (nullcontext, overlap._MOST_AT_BORDERS),
 def most_taps(request):
     "What is held to PyTorch, and up to which kernels its borders are."
     context, taps = IMPLEMENTATIONS[request.param]
+    if request.param == "kernels" and not kernels.available(): pytest.skip(str(kernels.info()))
     with mx.stream(mx.cpu), context(): yield taps
 
 

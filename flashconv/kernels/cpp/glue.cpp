@@ -414,8 +414,9 @@ Convolution Convolve::geometry(const Arrays& inputs, const mx::array& output) co
     if (kind == BIAS_GRADIENT) continue;
     g.input[to] = x.plain[at];
     g.kernel[to] = w.plain[2 + i];
-    g.stride[to] = spec->stride[i];
-    g.dilation[to] = spec->dilation[i];
+    // A step that is never taken may be any, and one is the smallest.
+    g.stride[to] = g.output[to] > 1 ? spec->stride[i] : 1;
+    g.dilation[to] = g.kernel[to] > 1 ? spec->dilation[i] : 1;
     g.padding[to] = spec->before[i];
   }
   return g;
