@@ -2,6 +2,7 @@
 
 // gradient_kernels.h: the innermost loops of weight gradients, sums over places.
 #pragma once
+#include "depthwise.h"
 #include "multiply.h"
 
 namespace flashconv {
@@ -155,6 +156,42 @@ SumDots find_dots(int64_t rows, int64_t columns) {
   } else {
     return nullptr;  // more outputs are summed the other way
   }
+}
+
+// ---- depthwise, channels last: a vector holds neighbouring channels of one place ----------------
+
+constexpr int MOST_TAPS = 12;
+
+// COUNT taps of one vector of channels. Places are PLACE apart, in x, in y and in offsets.
+template <int COUNT>
+void sum_groups(const Places& places, const float* x, const int64_t* offsets, const float* y,
+                float* result) {
+  Vector sums[COUNT];
+  FLASHCONV_UNROLL
+  for (int t = 0; t < COUNT; t++) sums[t] = Vector{};
+  for (int64_t row = 0; row < places.count; row++) {
+    const float* from = x + places.rows[row] * PLACE;
+    for (int64_t i = 0; i < places.length; i++, from += PLACE, y += PLACE) {
+      const Vector output = load(y);
+      FLASHCONV_UNROLL
+      for (int t = 0; t < COUNT; t++) sums[t] += load(from + offsets[t]) * output;
+    }
+  }
+  FLASHCONV_UNROLL
+  for (int t = 0; t < COUNT; t++)
+    store(result + t * PLACE, load(result + t * PLACE) + sums[t]);
+}
+
+using SumGroups = void (*)(const Places&, const float*, const int64_t*, const float*, float*);
+
+template <int... counts>
+SumGroups find_groups(int64_t count, std::integer_sequence<int, counts...>) {
+  static constexpr SumGroups kernels[] = {sum_groups<counts + 1>...};
+  return kernels[count - 1];
+}
+
+inline SumGroups find_groups(int64_t count) {
+  return find_groups(count, std::make_integer_sequence<int, MOST_TAPS>());
 }
 
 }  // namespace flashconv
