@@ -158,7 +158,7 @@ SumDots find_dots(int64_t rows, int64_t columns) {
   }
 }
 
-// ---- depthwise, channels last: a vector holds neighbouring channels of one place --------------------
+// ---- depthwise, channels last: a vector holds neighbouring channels of one place ----------------
 
 constexpr int MOST_TAPS = 12;
 

@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 
+#include "depthwise.h"
 #include "gradient_kernels.h"
 #include "problem.h"
 
@@ -16,13 +17,20 @@ constexpr int64_t MOST_ADDED = 64;            // such sums that a float32 adds; 
 constexpr int64_t ENOUGH_TASKS = 16;          // fixed: sums are the same on any number of threads
 constexpr double WORTH_A_TASK = 1e6;          // products
 
+constexpr int64_t WORTH_PACKING_Y = 256;      // weights of each output, in a task that packs y
+constexpr int64_t MOST_GROUPS = 16;           // of small images in a task
+
+// What neighbouring lanes of a vector are.
+enum Lane { OF_OUTPUTS, OF_PLACES, OF_GROUPS };
+
 // How a gradient is cut into tasks. A task is a block of weights, summed over a part of the tiles.
 struct GradientPlan {
   int64_t batch, groups, channels, outputs;  // of a group
   bool channels_last;
   Three read, written, kernel;
   std::array<Axis, 3> axes;
-  bool has_dots;  // vectors of places; else of outputs
+  std::array<Axis, 3> output_axes;  // y as it is
+  Lane lane;
   int64_t group_block, channel_block, output_block;
   Three size, tiles;
   int64_t parts;  // of all tiles of all images, each summed on its own
@@ -40,23 +48,40 @@ struct GradientPlan {
   int64_t output_size() const { return divide_up(output_block, WIDTH) * WIDTH; }
   int64_t block_sums() const {
     const int64_t rows = channel_block * taps();
-    return group_block * rows * (has_dots ? output_block * WIDTH : output_size());
+    if (lane == OF_GROUPS) return rows * PLACE;
+    return group_block * rows * (lane == OF_PLACES ? output_block * WIDTH : output_size());
   }
   int64_t row_size() const { return divide_up(size[2], WIDTH) * WIDTH; }
   int64_t packed_outputs() const {
     const int64_t rows = size[0] * size[1];
-    if (has_dots) return group_block * output_block * (rows * row_size() + WIDTH);
+    if (lane == OF_GROUPS) return rows * size[2] * PLACE;
+    if (lane == OF_PLACES) return group_block * output_block * (rows * row_size() + WIDTH);
     return group_block * rows * size[2] * output_size();
   }
 };
 
-inline void choose_blocks(GradientPlan& plan) {
-  const int64_t least = plan.has_dots ? 1 : WIDTH;
-  plan.group_block = 1;
-  if (plan.channels_last) {
-    const int64_t most = 2 * WIDTH / std::max(plan.channels, plan.outputs);
-    plan.group_block = std::min(plan.groups, std::max<int64_t>(1, most));
+inline Lane choose_lane(const GradientPlan& plan) {
+  const bool is_depthwise = plan.channels == 1 && plan.outputs == 1;
+  const bool has_vectors = plan.channels_last && plan.groups >= WIDTH;
+  if (is_depthwise && has_vectors && plan.taps() <= 256) return OF_GROUPS;
+  return plan.outputs <= FEW_OUTPUTS ? OF_PLACES : OF_OUTPUTS;
+}
+
+// Groups share a task where channels lie side by side, or where there is little to do in one.
+inline int64_t choose_groups(const GradientPlan& plan) {
+  if (plan.lane == OF_GROUPS) return PLACE;
+  int64_t most = 2 * WIDTH / std::max(plan.channels, plan.outputs);
+  if (!plan.channels_last) {
+    const int64_t weights = plan.channels * plan.outputs * plan.taps();
+    most = std::min(2 * LONGEST_RUN * WIDTH / product(plan.written), GRADIENT_SUMS / 64 / weights);
+    most = std::min(most, MOST_GROUPS);
   }
+  return std::min(plan.groups, std::max<int64_t>(1, most));
+}
+
+inline void choose_blocks(GradientPlan& plan) {
+  const int64_t least = plan.lane == OF_PLACES ? 1 : WIDTH;
+  plan.group_block = choose_groups(plan);
   plan.channel_block = plan.channels;
   plan.output_block = std::min<int64_t>(plan.outputs, 16 * WIDTH);
   if (plan.group_block > 1) return;
@@ -67,15 +92,16 @@ inline void choose_blocks(GradientPlan& plan) {
   auto is_short_of_tasks = [&] {
     return plan.blocks() < ENOUGH_TASKS && plan.products() / plan.blocks() > WORTH_A_TASK;
   };
-  while (is_short_of_tasks() && plan.channel_block * plan.taps() > 64 && plan.channel_block > 1)
+  while (is_short_of_tasks() && plan.channel_block * plan.taps() >= 2 * WORTH_PACKING_Y &&
+         plan.channel_block > 1)
     plan.channel_block = divide_up(plan.channel_block, 2);
 }
 
 inline void choose_tiles(GradientPlan& plan) {
   plan.size = plan.written;
   auto fits = [&] {
-    const int64_t packed = plan.group_block * plan.channel_block *
-                           TileShape(plan.axes, plan.size).floats;
+    const int64_t channels = plan.group_block * plan.channel_block;
+    const int64_t packed = channels * TileShape(plan.axes, plan.size).floats;
     return packed <= GRADIENT_TILE && plan.packed_outputs() <= GRADIENT_TILE;
   };
   while (!fits() && halve(plan.size)) continue;
@@ -103,7 +129,9 @@ inline GradientPlan gradient_plan(const Convolution& c) {
   plan.kernel = three(c.kernel);
   for (int i = 0; i < 3; i++)
     plan.axes[i] = forward_axis(axis_lengths(c, i, c.input, c.output), true);
-  plan.has_dots = plan.outputs <= FEW_OUTPUTS;
+  for (int i = 0; i < 3; i++)
+    plan.output_axes[i] = forward_axis({c.output[i], c.output[i], 1, 1, 1, 0}, true);
+  plan.lane = choose_lane(plan);
   choose_blocks(plan);
   choose_tiles(plan);
   choose_parts(plan);
@@ -160,10 +188,21 @@ const float* pack_input(const GradientPlan& plan, const GradientTask& task, cons
   const int64_t channels = task.groups * task.channels;
   const int64_t first = task.group * plan.channels + task.channel;
   const TileRows rows = find_rows(plan.axes, from.step, tile, shape);
+  if (plan.lane == OF_GROUPS) {
+    float* places = scratch<float>(TILE, PLACE * channel_size);
+    pack_places(places, PLACE, task_source(x, from, plan.batch, image, first), channels, rows);
+    return places;
+  }
   float* packed = scratch<float>(TILE, channels * channel_size);
   pack_channels(packed, channel_size, task_source(x, from, plan.batch, image, first), channels,
                 rows);
   return packed;
+}
+
+template <class T>
+const T* row_of(const T* data, const Three& step, const Tile& tile, int64_t depth, int64_t height) {
+  return data + (tile.start[0] + depth) * step[0] + (tile.start[1] + height) * step[1] +
+         tile.start[2] * step[2];
 }
 
 // to[group][place][output], outputs filled up to whole vectors with anything.
@@ -177,18 +216,29 @@ const float* pack_outputs(const GradientPlan& plan, const GradientTask& task, co
   for (int64_t g = 0; g < task.groups; g++) {
     const int64_t channel = (task.group + g) * plan.outputs + task.output;
     const Source<T> source = task_source(y, from, plan.batch, image, channel);
-    for (int64_t d = 0; d < size[0]; d++)
-      for (int64_t h = 0; h < size[1]; h++) {
-        const T* row = source.data + (tile.start[0] + d) * from.step[0] +
-                       (tile.start[1] + h) * from.step[1] + tile.start[2] * from.step[2];
-        if (plan.channels_last) {
-          for (int64_t i = 0; i < size[2]; i++)
-            copy_row(to + i * output_size, row + i * from.step[2], task.outputs, source.end);
-        } else {
-          turn_row(to, output_size, row, from.channel, source.end, task.outputs, size[2]);
-        }
-        to += size[2] * output_size;
-      }
+    for (int64_t r = 0; r < size[0] * size[1]; r++, to += size[2] * output_size) {
+      const T* row = row_of(source.data, from.step, tile, r / size[1], r % size[1]);
+      for (int64_t i = 0; i < size[2] && plan.channels_last; i++)
+        copy_row(to + i * output_size, row + i * from.step[2], task.outputs, source.end);
+      if (!plan.channels_last)
+        turn_row(to, output_size, row, from.channel, source.end, task.outputs, size[2]);
+    }
+  }
+  return packed;
+}
+
+// to[place][group], places PLACE apart.
+template <class T>
+const float* pack_output_groups(const GradientPlan& plan, const GradientTask& task, const T* y,
+                                int64_t image, const Tile& tile, const Three& size) {
+  const Layout from = layout(plan.written, plan.groups, true);
+  const Source<T> source = task_source(y, from, plan.batch, image, task.group);
+  float* packed = scratch<float>(SECOND_TILE, product(size) * PLACE);
+  float* to = packed;
+  for (int64_t r = 0; r < size[0] * size[1]; r++) {
+    const T* row = row_of(source.data, from.step, tile, r / size[1], r % size[1]);
+    for (int64_t i = 0; i < size[2]; i++, to += PLACE)
+      copy_row(to, row + i * from.step[2], task.groups, source.end);
   }
   return packed;
 }
@@ -198,9 +248,7 @@ template <class T>
 const float* pack_output_rows(const GradientPlan& plan, const GradientTask& task, const T* y,
                               int64_t image, const Tile& tile, const Three& size) {
   const Layout from = layout(plan.written, plan.groups * plan.outputs, plan.channels_last);
-  std::array<Axis, 3> axes;
-  for (int i = 0; i < 3; i++)
-    axes[i] = forward_axis({plan.written[i], plan.written[i], 1, 1, 1, 0}, true);
+  const std::array<Axis, 3>& axes = plan.output_axes;
   const Tile filled{tile.start, {size[0], size[1], plan.row_size()}};
   const TileShape shape(axes, filled.size);
   const int64_t outputs = task.groups * task.outputs;
@@ -263,11 +311,12 @@ class Sums {
 
 // Where the inputs of each weight of a group lie in the packed tile: [channel][tap].
 inline void find_offsets(const GradientPlan& plan, const Taps& taps, int64_t channels,
-                         int64_t channel_size, std::vector<int64_t>& offsets) {
-  offsets.clear();
+                         std::vector<int64_t>& offsets) {
+  const int64_t channel_size = TileShape(plan.axes, plan.size).floats + WIDTH;
+  const int64_t place_size = plan.lane == OF_GROUPS ? PLACE : 1;
+  offsets.reserve(channels * plan.taps());
   for (int64_t c = 0; c < channels; c++)
-    for (int64_t t = 0; t < plan.taps(); t++)
-      offsets.push_back(c * channel_size + taps.all[t].offset);
+    for (const Tap& tap : taps.all) offsets.push_back(c * channel_size + tap.offset * place_size);
 }
 
 inline void find_place_rows(const TileShape& shape, const Three& size,
@@ -336,7 +385,45 @@ inline void add_tile_dots(const Runs& runs, const std::vector<int64_t>& rows, co
     }
 }
 
+// Vectors of groups, each with all of its taps.
+inline void add_tile_groups(const Runs& runs, const std::vector<int64_t>& rows, const float* x,
+                            const std::vector<int64_t>& offsets, const float* y, int64_t groups,
+                            float* sums) {
+  const Parts parts(offsets.size(), MOST_TAPS);
+  for (int64_t row = 0; row < runs.rows; row += runs.rows_a_run)
+    for (int64_t start = 0; start < runs.length; start += runs.most) {
+      const Places places{rows.data() + row, std::min(runs.rows_a_run, runs.rows - row),
+                          std::min(runs.most, runs.length - start)};
+      const float* from = y + (row * runs.length + start) * PLACE;
+      for (int64_t g = 0; g < groups; g += WIDTH)
+        for (int64_t i = 0; i < parts.count; i++)
+          find_groups(parts.size(i))(places, x + start * PLACE + g, offsets.data() + parts.begin(i),
+                                     from + g, sums + parts.begin(i) * PLACE + g);
+    }
+}
+
 // ---- all tiles of a task ------------------------------------------------------------------------
+
+// Group after group, in vectors of outputs or of places.
+inline void add_groups(const GradientPlan& plan, const GradientTask& task, const Runs& runs,
+                       const Three& size, const std::vector<int64_t>& rows, const float* x,
+                       const std::vector<int64_t>& offsets, const float* y, float* sums) {
+  const bool is_outer = plan.lane == OF_OUTPUTS;
+  const int64_t channel_size = TileShape(plan.axes, plan.size).floats + WIDTH;
+  const int64_t y_size = size[0] * size[1] * plan.row_size() + WIDTH;
+  const int64_t group_size = is_outer ? product(size) * task.output_size() : task.outputs * y_size;
+  const int64_t sums_size = is_outer ? task.output_size() : task.outputs * WIDTH;
+  for (int64_t g = 0; g < task.groups; g++) {
+    const float* x_g = x + g * task.channels * channel_size;
+    const float* y_g = y + g * group_size;
+    float* sums_g = sums + g * task.rows(plan) * sums_size;
+    if (is_outer) {
+      add_tile_outer(runs, rows, x_g, offsets, y_g, task.output_size(), sums_g);
+    } else {
+      add_tile_dots(runs, rows, x_g, offsets, y_g, plan.row_size(), y_size, task.outputs, sums_g);
+    }
+  }
+}
 
 template <class T>
 void add_tile(const GradientPlan& plan, const GradientTask& task, const T* x, const T* y,
@@ -347,25 +434,19 @@ void add_tile(const GradientPlan& plan, const GradientTask& task, const T* x, co
   const int64_t image = unit / product(plan.tiles);
   const Tile tile = find_tile(unit % product(plan.tiles), plan.tiles, plan.size);
   const Three size = clip(plan, tile);
-  const Runs runs(size, plan.has_dots ? LONGEST_RUN * WIDTH : LONGEST_RUN);
+  const Runs runs(size, plan.lane == OF_PLACES ? LONGEST_RUN * WIDTH : LONGEST_RUN);
   find_place_rows(shape, size, rows);
   sums.expect(runs.count());
   const float* input = pack_input(plan, task, x, image, tile, channel_size);
-  if (plan.has_dots) {
-    const float* output = pack_output_rows(plan, task, y, image, tile, size);
-    const int64_t y_size = size[0] * size[1] * plan.row_size() + WIDTH;
-    for (int64_t g = 0; g < task.groups; g++)
-      add_tile_dots(runs, rows, input + g * task.channels * channel_size, offsets,
-                    output + g * task.outputs * y_size, plan.row_size(), y_size, task.outputs,
-                    sums.data() + g * task.outputs * task.rows(plan) * WIDTH);
+  if (plan.lane == OF_GROUPS) {
+    const float* output = pack_output_groups(plan, task, y, image, tile, size);
+    add_tile_groups(runs, rows, input, offsets, output, task.groups, sums.data());
     return;
   }
-  const float* output = pack_outputs(plan, task, y, image, tile, size);
-  const int64_t output_size = task.output_size();
-  for (int64_t g = 0; g < task.groups; g++)
-    add_tile_outer(runs, rows, input + g * task.channels * channel_size, offsets,
-                   output + g * product(size) * output_size, output_size,
-                   sums.data() + g * task.rows(plan) * output_size);
+  const float* output = plan.lane == OF_OUTPUTS ?
+                            pack_outputs(plan, task, y, image, tile, size) :
+                            pack_output_rows(plan, task, y, image, tile, size);
+  add_groups(plan, task, runs, size, rows, input, offsets, output, sums.data());
 }
 
 // A task's sums where they belong in w: [group][output][channel][tap].
@@ -373,10 +454,14 @@ template <class T>
 void store_gradient(const GradientPlan& plan, const GradientTask& task, const float* sums, T* w) {
   const int64_t rows = task.rows(plan);
   const int64_t step = plan.channels * plan.taps();
+  if (plan.lane == OF_GROUPS) {
+    store_turned(w + task.group * step, step, sums, PLACE, task.groups, rows);
+    return;
+  }
   for (int64_t g = 0; g < task.groups; g++) {
     T* to = w + ((task.group + g) * plan.outputs + task.output) * step +
             task.channel * plan.taps();
-    if (plan.has_dots) {
+    if (plan.lane == OF_PLACES) {
       for (int64_t o = 0; o < task.outputs; o++)
         store_row(to + o * step, sums + (g * task.outputs + o) * rows, rows);
     } else {
@@ -389,12 +474,12 @@ void store_gradient(const GradientPlan& plan, const GradientTask& task, const fl
 template <class T, class Result>
 void run_gradient_task(const GradientPlan& plan, const GradientTask& task, const Taps& taps,
                        const T* x, const T* y, Result* w) {
-  const int64_t lanes = plan.has_dots ? WIDTH : 1;
-  const int64_t outputs = plan.has_dots ? task.outputs : task.output_size();
-  Sums sums(task.groups * task.rows(plan) * outputs, lanes);
+  const int64_t lanes = plan.lane == OF_PLACES ? WIDTH : 1;
+  const int64_t outputs = plan.lane == OF_PLACES ? task.outputs : task.output_size();
+  const int64_t count = task.rows(plan) * (plan.lane == OF_GROUPS ? PLACE : task.groups * outputs);
+  Sums sums(count, lanes);
   std::vector<int64_t> offsets, rows;
-  const int64_t channel_size = TileShape(plan.axes, plan.size).floats + WIDTH;
-  find_offsets(plan, taps, task.channels, channel_size, offsets);
+  find_offsets(plan, taps, task.channels, offsets);
   const int64_t end = plan.units() * (task.part + 1) / plan.parts;
   for (int64_t unit = plan.units() * task.part / plan.parts; unit < end; unit++)
     add_tile(plan, task, x, y, unit, offsets, rows, sums);
