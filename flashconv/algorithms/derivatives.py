@@ -29,9 +29,9 @@ def convolve(
     force: bool = False,  # whether `with algorithm(...)` must be obeyed, or only where it can be
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "Run a checked convolution by the algorithm that is chosen for it."
+    if g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
     given, without_stride = (x, w, g), g.transposed and max(g.stride) == 1
     if without_stride: x, w, g = as_convolution(x, w, g)
-    elif g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
     name, why = choose(g, w.shape, x.dtype, force)
     for seen in _watchers.get(): seen.append((name, why, x, w, g))
     if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
@@ -44,9 +44,13 @@ def convolve(
 _watchers = ContextVar("watchers", default=())  # lists that `explain` has open in this thread
 
 # %% ../../nbs/algorithms/derivatives.ipynb #5db4db2d
+_MANY_TAPS = 256  # fewer don't take long where most of them meet padding
+
 def _has_the_larger_kernel(x, g):
-    "Whether a kernel has more values than an input, and longer steps between them."
-    return prod(g.kernel_size) > prod(g.sizes(x.shape)) and prod(g.dilation) > prod(g.stride)
+    "Whether a kernel has more values than an input, and longer steps between them or many taps."
+    if prod(g.kernel_size) <= prod(g.sizes(x.shape)): return False
+    if max(g.stride) > 1: return prod(g.dilation) > prod(g.stride)
+    return max(g.dilation) == 1 and prod(g.kernel_size) > _MANY_TAPS
 
 def _exchanged(x, w, g, force):
     "A transposed convolution with input and kernel in each other's place."
