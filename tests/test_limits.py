@@ -258,9 +258,12 @@ def expected(x, w, at, stride=1, dilation=1, padding=0, groups=1, **kw):
     ((1, 4, LONG // 4), (4, 1, 5), {"groups": 4}),
     ((1, 4, LONG // 4), (4, 4, 5), {})), ids=str)
 def test_a_hundred_million_samples(shape, weight, kw):
-    "Right at both ends and between; besides input and output 128 MiB, and the parts of the output."
+    """Right at both ends and between; besides input and output 128 MiB, and the output's parts.
+
+    FFT is allowed: a thousand taps would take a minute.
+    """
     x, w = mx.random.uniform(-1, 1, shape), mx.random.uniform(-1, 1, weight)
-    y, workspace = beyond(lambda x, w: F.conv1d(x, w, **kw), x, w)
+    with fc.allow_fft(): y, workspace = beyond(lambda x, w: F.conv1d(x, w, **kw), x, w)
     assert workspace <= y.nbytes + 128 * MIB
     x, w, last = np.array(x), np.array(w), y.shape[2] - 1
     for at in (0, 1, last // 3, last // 2 + 1, last):
@@ -296,9 +299,9 @@ def test_a_hundred_million_samples_from_a_transposed_layer(size, kernel, stride)
     ("conv1d", (1, 1, 10**7), (1, 1, 10**7), {}, 1),
     ("conv1d", (1, 1, 10**6), (1, 1, 10**6), {"padding": "same"}, 32)))
 def test_memory_for_large_pictures(name, shape, weight, kw, room):
-    "Besides the arrays and the parts of the output, as many MiB as are listed: as measured."
+    "Besides the arrays and the parts of the output, as many MiB as are listed; FFT is allowed."
     x, w = mx.random.uniform(-1, 1, shape), mx.random.uniform(-1, 1, weight)
-    y, workspace = beyond(lambda x, w: getattr(F, name)(x, w, **kw), x, w)
+    with fc.allow_fft(): y, workspace = beyond(lambda x, w: getattr(F, name)(x, w, **kw), x, w)
     assert workspace <= y.nbytes + room * MIB
 
 
@@ -342,10 +345,10 @@ def test_the_workspace_that_explain_states(name, shape, weight, kw):
     for part, size in taken.items(): assert size <= 1.5 * stated[part] + MIB, part
 
 
-@pytest.mark.large
-def test_a_kernel_as_long_as_the_input():
+@pytest.mark.parametrize("size", (10**6, pytest.param(10**7, marks=pytest.mark.large)))
+def test_a_kernel_as_long_as_the_input(size):
     "One output, with gradients that are the other array."
-    x, w = (mx.random.uniform(-1, 1, (1, 1, 10**7)) for _ in range(2))
+    x, w = (mx.random.uniform(-1, 1, (1, 1, size)) for _ in range(2))
     y, (dx, dw) = mx.value_and_grad(lambda x, w: F.conv1d(x, w).sum(), (0, 1))(x, w)
     assert mx.allclose(y, (x * w).sum(), rtol=1e-3, atol=0.1)
     assert mx.allclose(dx, w, atol=1e-4) and mx.allclose(dw, x, atol=1e-4)

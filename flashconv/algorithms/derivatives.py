@@ -43,9 +43,9 @@ def _note(*run):
 # %% ../../nbs/algorithms/derivatives.ipynb #197da7ab
 def _composed(x, w, g, force):
     "A convolution made of MLX's operations, with rules of ours."
+    if g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
     given, without_stride = (x, w, g), g.transposed and max(g.stride) == 1
     if without_stride: x, w, g = as_convolution(x, w, g)
-    elif g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
     name, why = choose(g, w.shape, x.dtype, force)
     _note(name, why, x, w, g)
     if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
@@ -56,9 +56,13 @@ def _composed(x, w, g, force):
     return _with_rules(algorithm, g, fft_is_allowed())(x, w)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #5db4db2d
+_MANY_TAPS = 256  # fewer don't take long where most of them meet padding
+
 def _has_the_larger_kernel(x, g):
-    "Whether a kernel has more values than an input, and longer steps between them."
-    return prod(g.kernel_size) > prod(g.sizes(x.shape)) and prod(g.dilation) > prod(g.stride)
+    "Whether a kernel has more values than an input, and longer steps between them or many taps."
+    if prod(g.kernel_size) <= prod(g.sizes(x.shape)): return False
+    if max(g.stride) > 1: return prod(g.dilation) > prod(g.stride)
+    return max(g.dilation) == 1 and prod(g.kernel_size) > _MANY_TAPS
 
 def _exchanged(x, w, g, force):
     "A transposed convolution with input and kernel in each other's place."

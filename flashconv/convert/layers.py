@@ -173,11 +173,10 @@ def _misnomer(ours, name, is_state, is_own):
         return f"its {name} begins with an underscore, and parameters() of MLX leaves that out"
     in_class = hasattr(type(ours), name) and not (
         is_own and (_is_provided(ours, name) or not is_state))
-    in_object = name in vars(ours) or not isinstance(dict.get(ours, name, _ABSENT), mx.array)
+    in_dict = dict.__contains__(ours, name)
+    in_object = name in vars(ours) or in_dict and not isinstance(dict.get(ours, name), mx.array)
     if in_class or in_object:
         return f"its {name} is something else in a {type(ours).__name__} here (rename it)"
-
-_ABSENT = mx.array(0)
 
 def _is_provided(ours, name):
     "Whether the class of `ours` has a method or a property of this name."

@@ -2,6 +2,7 @@
 
 // kernels.cpp: the one function that is called from outside, compiled with all of the others.
 #include "bias_gradient.h"
+#include "careful.h"
 #include "depthwise.h"
 #include "forward.h"
 #include "weight_gradient.h"
@@ -25,13 +26,24 @@ void convolve(const Problem& p, const T* read, const T* w, const void* bias, T* 
 }
 
 template <class T>
+void input_gradient(const Convolution& c, const T* y, const T* w, const void* bias, T* x,
+                    const Threads& threads) {
+  convolve(find_problem(c), y, w, bias, x, threads);
+  const int64_t results = c.batch * c.groups * c.in_channels * product(three(c.input));
+  const int64_t weights = c.groups * c.in_channels * c.out_channels * product(three(c.kernel));
+  if (weights < results ? is_finite(w, weights) : is_finite(x, results)) return;
+  if (is_finite(w, weights)) return;
+  convolve_carefully(gradient_problem(c), y, w, bias, x, threads);
+}
+
+template <class T>
 void run(const Convolution& c, const void* first, const void* second, const void* bias,
          void* result, const Threads& threads) {
   const T* a = static_cast<const T*>(first);
   const T* b = static_cast<const T*>(second);
   T* to = static_cast<T*>(result);
   if (c.kind == FORWARD) convolve(find_problem(c), a, b, bias, to, threads);
-  if (c.kind == INPUT_GRADIENT) convolve(find_problem(c), b, a, bias, to, threads);
+  if (c.kind == INPUT_GRADIENT) input_gradient(c, b, a, bias, to, threads);
   if (c.kind == WEIGHT_GRADIENT) weight_gradient(c, a, b, to, threads);
   if (c.kind == BIAS_GRADIENT) bias_gradient(c, a, to, threads);
 }
