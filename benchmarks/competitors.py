@@ -9,14 +9,16 @@ import flashconv
 import mlx.core as mx
 import mlx.nn
 import numpy as np
-from flashconv import blas
+from flashconv import blas, kernels
 
+HAS_KERNELS = kernels.available()
 FAST = blas.info().library if blas.fast() else None  # before anything is switched
 
 
-def switch(which):
-    "Have MLX multiply with the \"fast\" BLAS or the \"stock\" one; None leaves it alone."
+def switch(which, in_kernels=True):
+    "Have MLX multiply with the \"fast\" BLAS or the \"stock\" one; None leaves all alone."
     if which is None: return
+    if HAS_KERNELS: kernels.use(in_kernels)
     if which == "fast" and FAST is None and blas.fast(): return  # macOS: nothing to replace
     if which == "fast" and FAST is None: raise ValueError("no fast BLAS was found")
     blas.use("off" if which == "stock" else FAST)
@@ -174,6 +176,7 @@ class Competitor(NamedTuple):
     name: str
     make: object
     blas: str | None = None
+    kernels: bool = True  # whether flashconv's layers run in them
     probed: bool = False  # may take seconds or end the process: tried in another one first
 
 

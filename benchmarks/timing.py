@@ -83,7 +83,7 @@ def measure(suite, row, rounds, patience):
 def prepare(competitor, row, data):
     "What the competitor runs for a row, or the error that it raises."
     try:
-        switch(competitor.blas)
+        switch(competitor.blas, competitor.kernels)
         return competitor.make(row, data)
     except Exception as error: return error
 
@@ -113,7 +113,7 @@ def warm_up(suite, entry, which, row, expected):
         times.append(perf_counter() - start)
         return outputs
     try:
-        switch(entry.competitor.blas)
+        switch(entry.competitor.blas, entry.competitor.kernels)
         entry.workspace = entry.runner.workspace(run)
         if not outputs: run()
         if times[0] > suite.slow: entry.samples, entry.note = times, "once"
@@ -131,7 +131,7 @@ def interleave(entries, which, rounds, enough):
         for entry in entries:
             name, run = entry.competitor.name, getattr(entry.runner, which)
             if turn >= 3 and sum(entry.samples) * calls[name] >= enough: continue
-            switch(entry.competitor.blas)
+            switch(entry.competitor.blas, entry.competitor.kernels)
             sleep(PAUSE)
             once = seconds(run)  # no sample if short: it brings the row back into the caches
             calls.setdefault(name, max(1, math.ceil(BLOCK / once)))

@@ -198,7 +198,8 @@ def packages():
         wheel, = (folder / "dist").glob("*.whl")
         archive, = (folder / "dist").glob("*.tar.gz")
         with zipfile.ZipFile(wheel) as opened: inside = opened.namelist()
-        extra = unexpected(inside, (r"flashconv/((algorithms|convert)/)?\w+\.py",
+        extra = unexpected(inside, (r"flashconv/((algorithms|convert|kernels)/)?\w+\.py",
+                                    r"flashconv/kernels/cpp/\w+\.(h|cpp)",
                                     r"flashconv-[\w.]+\.dist-info/.*"))
         if extra or not any(name.endswith("licenses/LICENSE") for name in inside):
             return False, f"the wheel holds {extra or 'no licence'}"
