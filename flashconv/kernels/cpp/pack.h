@@ -240,18 +240,30 @@ inline void store_turned(T* to, int64_t step, const float* from, int64_t row_siz
   }
 }
 
+// Elements of a and b in turns.
+inline void zip(float* to, Vector a, Vector b) {
+  store(to, interleave<0>(a, b, Lanes()));
+  store(to + WIDTH, interleave<1>(a, b, Lanes()));
+}
+
 // Phases in turns: element q * phases + f is place q of phase f, whose row is f * row_size away.
 inline void interleave_phases(float* to, const float* sums, int64_t row_size, int64_t phases,
                               int64_t places) {
-  if (phases != 2) {
+  if (phases != 2 && phases != 4) {
     store_turned(to, phases, sums, row_size, places, phases);
     return;
   }
   for (int64_t i = 0; i < places; i += WIDTH) {
-    const Vector even = load(sums + i);
-    const Vector odd = load(sums + row_size + i);
-    store(to + 2 * i, interleave<0>(even, odd, Lanes()));
-    store(to + 2 * i + WIDTH, interleave<1>(even, odd, Lanes()));
+    Vector row[4];
+    for (int f = 0; f < phases; f++) row[f] = load(sums + f * row_size + i);
+    float* here = to + i * phases;
+    if (phases == 2) {
+      zip(here, row[0], row[1]);
+      continue;
+    }
+    zip(here, interleave<0>(row[0], row[2], Lanes()), interleave<0>(row[1], row[3], Lanes()));
+    zip(here + 2 * WIDTH, interleave<1>(row[0], row[2], Lanes()),
+        interleave<1>(row[1], row[3], Lanes()));
   }
 }
 
