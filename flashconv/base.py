@@ -161,6 +161,12 @@ def _on_device(self: _ConvNd):
     "The context in which this layer works."
     return nullcontext() if self.device is None else mx.stream(_device(self.device))
 
+@patch
+def _kept(self: _ConvNd, name):
+    "An attribute. mlx.nn keeps tuples in the module, a dict, where they are found sooner."
+    value = self.get(name)
+    return getattr(self, name) if value is None else value
+
 # %% ../nbs/04_base.ipynb #58695dca
 @patch
 def extra_repr(self: _ConvNd) -> str:

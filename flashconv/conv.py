@@ -51,10 +51,9 @@ def _conv_forward(
 ) -> mx.array:  # the layer's output
     "The layer with these parameters. Subclasses that transform the weight override it."
     conv = (functional.conv1d, functional.conv2d, functional.conv3d)[self.num_spatial_dims - 1]
-    # mlx.nn keeps tuples in the module, which is a dict: found there ten times sooner.
-    stride = self.get("stride") or self.stride
-    padding = self.get("padding") or self.padding
-    dilation = self.get("dilation") or self.dilation
+    stride = self._kept("stride")
+    padding = self._kept("padding")
+    dilation = self._kept("dilation")
     if not is_one_of(self.padding_mode, ("zeros",)):
         input = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode,
                                data_format=self.data_format)

@@ -92,6 +92,7 @@ def _conv_transpose(n):
     ) -> mx.array:  # (N, out_channels, *spatial), unbatched as the input is
         if isinstance(padding, str):
             raise TypeError(f"{name}(): argument 'padding' must be tuple of ints, not str")
+        if output_padding is None: output_padding = as_ints(None, n, "output_padding")
         return _convolution(name, n, input, weight, bias, stride, padding, dilation, groups,
                             data_format, output_padding)
     name = f"conv_transpose{n}d"

@@ -383,7 +383,7 @@ def _in_place(f):
         if not isinstance(tensor, mx.array): return value
         tensor[...] = value
         return tensor
-    first, rest = f.__doc__.split("\n", 1)
+    first, _, rest = (f.__doc__ or "").partition("\n")  # python -OO keeps none
     wrapper.__name__ = wrapper.__qualname__ = f.__name__ + "_"
     wrapper.__doc__ = f"{first} Written into the array itself, as in PyTorch.\n{rest}"
     wrapper.__signature__, wrapper.__delwrap__ = signature(f), f  # nbdev reads comments there

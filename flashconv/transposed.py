@@ -50,7 +50,6 @@ class _ConvTransposeNd(_ConvNd):
                          transposed, output_padding, groups, bias, padding_mode, device, dtype,
                          data_format=data_format)
 
-
 # %% ../nbs/06_transposed.ipynb #8191109b
 class _ConvTranspose(_ConvTransposeNd):
     "A transposed layer over `num_spatial_dims` axes."
@@ -137,11 +136,11 @@ def __call__(
         raise ValueError(f"Only `zeros` padding mode is supported for {type(self).__name__}, but "
                          f"got padding_mode={self.padding_mode!r}")
     check_array(type(self).__name__, "input", input)
-    # mlx.nn keeps tuples in the module, which is a dict: found there ten times sooner.
-    stride = self.get("stride") or self.stride
-    padding = self.get("padding") or self.padding
-    dilation = self.get("dilation") or self.dilation
-    output_padding = self.get("output_padding") or self.output_padding
+    stride = self._kept("stride")
+    padding = self._kept("padding")
+    dilation = self._kept("dilation")
+    output_padding = self._kept("output_padding")
+    if type(output_padding) is not tuple: output_padding = as_tuple(output_padding, n)
     if output_size is not None:
         output_padding = self._output_padding(
             input, output_size, as_ints(stride, n, "stride"), as_ints(padding, n, "padding"),

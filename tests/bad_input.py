@@ -290,6 +290,8 @@ if torch:
 alone("others", "from_mlx", layer=lambda: mlx.nn.Conv1d(2, 4, 3))
 alone("others", "to_mlx", layer=_conv1d)
 alone("others", "load_torch_state", model=_conv1d, source=lambda: dict(_conv1d().state_dict()))
+alone("others", "load_mlx_weights", model=_conv1d,
+      source=lambda: dict(flashconv.to_mlx(_conv1d()).parameters()))
 alone("others", "save_torch_state", model=_conv1d,
       file=lambda: os.path.join(tempfile.mkdtemp(), "state.safetensors"))
 for name in ("upgrade", "downgrade"):

@@ -246,7 +246,7 @@ def test_nothing_is_transposed_between_layers():
         x = layer(x)
     assert transposes(last, mx.zeros((1, 32, 32, 16))) <= alone
     first = flashconv.convert_model(theirs, modules=N.COUNTERPARTS)
-    assert transposes(first, mx.zeros((1, 16, 32, 32))) > alone + 10
+    assert transposes(first, mx.zeros((1, 16, 32, 32))) > alone + 5
 
 
 @pytest.mark.parametrize("layer", (

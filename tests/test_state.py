@@ -376,7 +376,7 @@ def test_a_training_checkpoint(tmp_path):
 @pytest.mark.parametrize(("source", "error", "message"), [
     (None, TypeError, "dict-like"), (3, TypeError, "dict-like"), ([("weight", 1)], TypeError, "dict-like"),
     ("none.pt", FileNotFoundError, "none.pt"), ("none.safetensors", FileNotFoundError, "none"),
-    ("..", ValueError, r"\.\."), (__file__, ValueError, "a file named .safetensors"), (b"a.pt", TypeError, "source"),
+    (__file__, ValueError, "a file named .safetensors"), (b"a.pt", TypeError, "source"),
     ({"weight": None, "bias": "x"}, RuntimeError, "weight is no dense array")], ids=str)
 def test_bad_sources(source, error, message):
     with pytest.raises(error, match=message): flashconv.load_torch_state(nn.Conv1d(1, 1, 1), source)

@@ -100,7 +100,8 @@ def _renamed(state, rename):
                         f"{rename!r}")
     renamed, origin = {}, {}
     for name, value in state.items():
-        new = rename(name)
+        try: new = rename(name)
+        except Exception as error: raise ValueError(f"rename fails for {name!r}: {error}") from error
         if new is None: continue
         if not isinstance(new, str):
             raise TypeError(f"expected rename to give a str or None, but got {new!r} for {name!r}")

@@ -83,6 +83,7 @@ def load_mlx_weights(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an mlx.nn.Module, but got {type(model)}")
+    if source == "": raise ValueError("expected source to be a file, but got ''")
     file = Path(source) if isinstance(source, (str, os.PathLike)) else None
     weights, _ = _read_all(file, _read_mlx) if file else (source, None)
     _check_state(weights, file)

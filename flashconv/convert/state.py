@@ -103,6 +103,8 @@ def load_torch_state(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an mlx.nn.Module, but got {type(model)}")
+    if not isinstance(fold, bool): raise TypeError(f"fold must be a bool, but got {fold!r}")
+    if source == "": raise ValueError("expected source to be a file, but got ''")
     file = Path(source) if isinstance(source, (str, os.PathLike)) else None
     places = _state_places(model)
     state, shared, others = _model_part(source, file, prefix, rename)
