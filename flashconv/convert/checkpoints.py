@@ -101,7 +101,8 @@ def _renamed(state, rename):
     renamed, origin = {}, {}
     for name, value in state.items():
         try: new = rename(name)
-        except Exception as error: raise ValueError(f"rename fails for {name!r}: {error}") from error
+        except Exception as error:
+            raise ValueError(f"rename fails for {name!r}: {error}") from error
         if new is None: continue
         if not isinstance(new, str):
             raise TypeError(f"expected rename to give a str or None, but got {new!r} for {name!r}")
