@@ -101,7 +101,7 @@ def _renamed(state, rename):
     renamed, origin = {}, {}
     for name, value in state.items():
         try: new = rename(name)
-        except Exception as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"rename fails for {name!r}: {error}") from error
         if new is None: continue
         if not isinstance(new, str):
