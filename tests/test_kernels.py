@@ -457,12 +457,12 @@ def test_geometry_at_the_border(replaced):
 # Threads, streams, interrupts and exits ------------------------------------------------------------
 
 def child(code, *arguments, **variables):
-    "A process that runs `code`, as `subprocess.Popen` gives it; None takes a variable away."
+    "A process that runs `code`, in a group of its own; None takes a variable away."
     env = {name: value for name, value in os.environ.items()
            if not name.startswith("FLASHCONV_") or name == "FLASHCONV_CACHE"}
     env = {name: str(value) for name, value in (env | variables).items() if value is not None}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def output(process):
@@ -786,7 +786,7 @@ def test_a_killed_build(place):
     "Leaves no library, no lock, and what it leaves is removed later."
     process = child(USE, HOW="slow", **place)
     while not calls(place): time.sleep(0.01)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # the compilers too, or they write to what they left
     process.communicate()
     assert kept(place) == []
     left = list(place["FLASHCONV_CACHE"].glob("building-*"))
