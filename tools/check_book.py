@@ -159,6 +159,38 @@ def titles(book):
             seen[value] = page.path
 
 
+def openings(book):
+    "A notebook's first cell holds its title and its description: nbdev drops whatever else is there."
+    for path, notebook in book.notebooks.items():
+        for line in notebook.cells[0].source.splitlines()[1:]:
+            if line and not line.startswith("> "):
+                yield f"{path}: more than a title in the first cell: {line!r}"
+
+
+def paragraphs(book):
+    "What a notebook says, its page says."
+    for page in book.pages:
+        said = _plain("\n\n".join(cell.source for cell in page.cells))
+        for cell in book.notebooks[page.path].cells[1:]:
+            if cell.cell_type != "markdown": continue
+            for paragraph in map(_plain, re.split(r"\n\s*\n", cell.source)):
+                if paragraph not in said: yield f"{page.path}: the page lacks {paragraph!r}"
+
+
+def _plain(text):
+    "Prose without its links, on one line."
+    return " ".join(re.sub(r"\[([^][]*)\]\([^()\s]*\)", r"\1", text).split())
+
+
+def nested_links(book):
+    "No link inside another's text: nbdev makes one of every public name in backquotes."
+    for page in book.pages:
+        for cell in page.cells:
+            if cell.cell_type != "markdown": continue
+            for found in re.finditer(r"\[[^][\n]*\[[^][\n]*\]\([^()\n]*\)[^][\n]*\]\(", cell.source):
+                yield f"{page.path}: a link inside a link: {found[0]}"
+
+
 def sidebar(book):
     "The sidebar lists every page once, and nothing else."
     def listed(entry):
@@ -334,7 +366,7 @@ def _unexplained(value):
     return [name for name in inspect.signature(value).parameters if not explained.get(name)]
 
 
-CHECKS = (titles, sidebar, links, pictures, outputs, machine, code, leads, names)
+CHECKS = (titles, openings, paragraphs, nested_links, sidebar, links, pictures, outputs, machine, code, leads, names)
 
 
 def problems(book):
