@@ -26,6 +26,19 @@ def processed(tmp_path_factory):
 def book(processed): return read_book(processed)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def read_once():
+    "A page that a change does not touch is not parsed again."
+    parse, parsed = check_book.read_page, {}
+    def read(path, folder, source):
+        key = path.relative_to(folder), path.read_bytes(), source.read_bytes()
+        if key not in parsed: parsed[key] = parse(path, folder, source)
+        return parsed[key]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check_book, "read_page", read)
+        yield
+
+
 @pytest.fixture(scope="session")
 def standing(book):
     "What the checks say of the book as it is."

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from configparser import ConfigParser
 from dataclasses import dataclass, field
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -325,8 +326,13 @@ def leads(book):
                 yield f"{page.path}: nothing follows {cell.source.rstrip().splitlines()[-1]!r}"
 
 
+@cache
 def public_names(package="flashconv"):
     "(module, name, object) of everything public, where it is defined."
+    return list(_public_names(package))
+
+
+def _public_names(package):
     top = importlib.import_module(package)
     modules = [top] + [importlib.import_module(found.name)
                        for found in pkgutil.walk_packages(top.__path__, package + ".")
@@ -356,6 +362,7 @@ def names(book, public=None):
             for argument in _unexplained(value): yield f"{module}.{name}: what is {argument}?"
 
 
+@cache
 def _unexplained(value):
     "The arguments of a function or class, and the fields of a named tuple, without a comment."
     if hasattr(value, "_fields"):
