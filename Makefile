@@ -1,4 +1,4 @@
-# make demo | make test | make fuzz | make limits | make environments | make mutants
+# make demo | make lab | make test | make fuzz | make limits | make environments | make mutants
 # make bench | make bench-models | make bench-steps | make survey | make export | make readme | make clean
 
 PYTHON ?= python3
@@ -9,11 +9,16 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo test fuzz limits environments mutants bench bench-models bench-steps survey export readme clean
+.PHONY: demo lab test fuzz limits environments mutants bench bench-models bench-steps survey export readme clean
 
 demo: $(VENV)/demo-installed
 	-$(BIN)/python -m flashconv build
 	$(BIN)/python -m flashconv $(PICTURE)
+
+# The notebooks, to read and to run, where `make test` runs them.
+lab: $(VENV)/lab-installed
+	-$(BIN)/python -m flashconv build
+	env -u MPLBACKEND $(BIN)/python -m jupyterlab nbs/index.ipynb
 
 test: $(VENV)/test-installed
 	-$(BIN)/python -m flashconv build
@@ -76,6 +81,10 @@ $(VENV)/demo-installed: $(METADATA) | $(BIN)/python
 $(VENV)/test-installed: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e ".[cpu,dev,torch]"
+	touch $@
+
+$(VENV)/lab-installed: $(METADATA) $(VENV)/test-installed
+	$(BIN)/python -m pip install -q -e ".[lab]"
 	touch $@
 
 $(VENV)/bench-installed: $(METADATA) | $(BIN)/python
