@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'CYAN', 'INK', 'GREY', 'PAPER', 'WIDTH', 'HEIGHT', 'FONT', 'Picture', 'window', 'frames',
            'animation', 'matrix', 'padding_modes', 'receptive_field', 'dilation_taps', 'groups', 'overlap',
-           'output_sizes', 'feature_maps', 'kernels', 'figure']
+           'output_sizes', 'feature_maps', 'kernels', 'cells', 'figure']
 
 # %% ../nbs/09_draw.ipynb #19bb8be9
 import base64
@@ -688,6 +688,63 @@ def _draw_kernels(sheet, kernels):
         x, y = i % columns * (wide + 0.5) * edge, i // columns * (high + 0.5) * edge
         roles = [[f"signed {round(4 * v / largest)}" for v in row] for row in kernel.tolist()]
         _grid(sheet, x, y, kernel, roles, edge, texts[i])
+
+# %% ../nbs/09_draw.ipynb #5c1d7e02
+def cells(
+    blocks: dict,  # name, written beside it -> values along one axis or two; NaN is a gap
+    roles: dict | None = None,  # name -> a role, or one for each cell; "input" where none is given
+    *,
+    alt: str,  # what is seen, for those who can't
+    caption: str = "",  # one line
+) -> Picture:
+    """Blocks of numbers, one below the other, in the colours of the other pictures.
+
+    Roles are "input", "output", "tap", "padding", "empty", and "chosen input" or "chosen output".
+    `ValueError` for other roles, for more than two axes, and for more cells than a picture holds.
+    """
+    roles = roles or {}
+    _check_blocks(blocks, roles)
+    arrays = {name: np.atleast_2d(np.asarray(values, float)) for name, values in blocks.items()}
+    sheet, edge, top = _Sheet(), _edge_of_blocks(arrays), 0
+    for name, values in arrays.items():
+        sheet.word(-0.1, top + len(values) * edge / 2, name, "right")
+        _draw_block(sheet, top, values, roles.get(name, "input"), edge)
+        top += (len(values) + _BETWEEN) * edge
+    return _picture(sheet, alt, caption, **arrays)
+
+# %% ../nbs/09_draw.ipynb #7d20c9be
+_BETWEEN = 0.5  # two blocks, in cells
+
+def _check_blocks(blocks, roles):
+    "Refuse what can't be drawn, by its name."
+    if not blocks: raise ValueError("there is no block to draw")
+    for name, values in blocks.items():
+        shape = np.shape(values)
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise ValueError(f"a block has one axis or two, and values in it, but {name!r} has "
+                             f"the shape {shape}")
+    for name, given in roles.items():
+        if name not in blocks: raise ValueError(f"a role for {name!r}, but no such block")
+        for role in np.ravel(np.asarray(given, object)):
+            if role not in _ROLES:
+                raise ValueError(f"no cell of {name!r} can be {role!r}; roles are "
+                                 f"{', '.join(_ROLES)}")
+
+def _edge_of_blocks(arrays):
+    "The side of a cell with which all blocks fit."
+    columns = max(values.shape[1] for values in arrays.values())
+    rows = sum(map(len, arrays.values())) + _BETWEEN * (len(arrays) - 1)
+    values = np.concatenate([*map(np.ravel, arrays.values())])
+    names = max(map(_width, arrays)) + 0.1
+    return _edge(columns, rows, WIDTH - names, values=np.nan_to_num(values))
+
+def _draw_block(sheet, top, values, roles, edge):
+    "The cells of a block; none where a value is NaN."
+    texts = _texts(np.nan_to_num(values), edge)
+    roles = np.broadcast_to(np.atleast_2d(np.asarray(roles, object)), values.shape)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value): continue
+        sheet.cell(column * edge, top + row * edge, edge, roles[row, column], texts[row, column])
 
 # %% ../nbs/09_draw.ipynb #05dd5abb
 def figure(

@@ -17,7 +17,7 @@ import flashconv
 from . import blas, kernels
 
 # %% ../nbs/30_report.ipynb #8d9a0a26
-_PREFIXES = "FLASHCONV_", "MLX_", "OPENBLAS_", "OMP_", "MKL_"  # of variables that are read somewhere
+_PREFIXES = "FLASHCONV_", "MLX_", "OPENBLAS_", "OMP_", "MKL_"  # what our parts read
 
 def report() -> str:  # lines of "what: value"
     """What computes convolutions here, as text for a bug report.

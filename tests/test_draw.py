@@ -278,6 +278,15 @@ def stacked(x):
     return x
 
 
+def test_cells():
+    "The values given, with a gap for each NaN and the roles given."
+    nan = float("nan")
+    picture = draw.cells({"row": [1, 2, 3], "block": [[4, nan], [5, 6]]}, {"block": [["tap", "tap"], ["output", "input"]]},
+                         alt="a row and a block")
+    assert picture.numbers["row"].tolist() == [[1, 2, 3]] and picture.alt == "a row and a block"
+    np.testing.assert_array_equal(picture.numbers["block"], [[4, nan], [5, 6]])
+
+
 def test_groups():
     "An output channel depends on an input channel where the picture has a line."
     layer = filled(nn.ConvTranspose1d, 4, 6, 1, groups=2, bias=False)
@@ -364,6 +373,10 @@ def test_kernels():
     (ValueError, "most must be at least 1, but got 0",
      lambda: draw.feature_maps(mx.ones((2, 3, 4)), most=0)),
     (TypeError, "must be a layer of flashconv, but got int", lambda: draw.kernels(3)),
+    (ValueError, "can be 'green'; roles are empty,", lambda: draw.cells({"a": [1]}, {"a": "green"}, alt="a")),
+    (ValueError, "'a' has the shape", lambda: draw.cells({"a": []}, alt="a")),
+    (ValueError, "no block to draw", lambda: draw.cells({}, alt="a")),
+    (ValueError, "a role for 'b', but no such block", lambda: draw.cells({"a": [1]}, {"b": "tap"}, alt="a")),
     (ValueError, "alt must say", lambda: draw.figure(lambda ax: None, alt="")),
     (ValueError, "inches at most, but got 7 x 2",
      lambda: draw.figure(lambda ax: None, 7, 2, alt="a")),
