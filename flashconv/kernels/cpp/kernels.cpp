@@ -10,7 +10,7 @@
 namespace flashconv {
 
 inline Problem find_problem(const Convolution& c) {
-  Problem p = c.kind == FORWARD ? forward_problem(c) : gradient_problem(c);
+  Problem p = make_problem(c);
   share_long_axis(p, c);
   return p;
 }
@@ -33,7 +33,7 @@ void input_gradient(const Convolution& c, const T* y, const T* w, const void* bi
   const int64_t weights = c.groups * c.in_channels * c.out_channels * product(three(c.kernel));
   if (weights < results ? is_finite(w, weights) : is_finite(x, results)) return;
   if (is_finite(w, weights)) return;
-  convolve_carefully(gradient_problem(c), y, w, bias, x, threads);
+  convolve_carefully(make_problem(c), y, w, bias, x, threads);
 }
 
 template <class T>

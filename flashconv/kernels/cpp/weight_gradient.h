@@ -13,7 +13,6 @@ namespace flashconv {
 constexpr int64_t GRADIENT_TILE = 48 << 10;   // floats of packed x, and of packed y
 constexpr int64_t GRADIENT_SUMS = 64 << 10;   // floats of a task's sums
 constexpr int64_t LONGEST_RUN = 192;          // products that a register adds
-constexpr int64_t MOST_ADDED = 64;            // such sums that a float32 adds; a float64 adds those
 constexpr int64_t ENOUGH_TASKS = 16;          // fixed: sums are the same on any number of threads
 constexpr double WORTH_A_TASK = 1e6;          // products
 
@@ -117,6 +116,8 @@ inline void choose_parts(GradientPlan& plan) {
   plan.parts = std::max<int64_t>(1, parts);
 }
 
+FLASHCONV_NOINLINE
+
 inline GradientPlan gradient_plan(const Convolution& c) {
   GradientPlan plan;
   plan.batch = c.batch;
@@ -128,7 +129,7 @@ inline GradientPlan gradient_plan(const Convolution& c) {
   plan.written = three(c.output);
   plan.kernel = three(c.kernel);
   for (int i = 0; i < 3; i++)
-    plan.axes[i] = forward_axis(axis_lengths(c, i, c.input, c.output), true);
+    plan.axes[i] = forward_axis(axis_lengths(c, i, plan.read, plan.written), true);
   for (int i = 0; i < 3; i++)
     plan.output_axes[i] = forward_axis({c.output[i], c.output[i], 1, 1, 1, 0}, true);
   plan.lane = choose_lane(plan);
@@ -181,6 +182,7 @@ Source<T> task_source(const T* data, const Layout& from, int64_t batch, int64_t 
 }
 
 template <class T>
+FLASHCONV_NOINLINE
 const float* pack_input(const GradientPlan& plan, const GradientTask& task, const T* x,
                         int64_t image, const Tile& tile, int64_t channel_size) {
   const Layout from = layout(plan.read, plan.groups * plan.channels, plan.channels_last);
@@ -207,6 +209,7 @@ const T* row_of(const T* data, const Three& step, const Tile& tile, int64_t dept
 
 // to[group][place][output], outputs filled up to whole vectors with anything.
 template <class T>
+FLASHCONV_NOINLINE
 const float* pack_outputs(const GradientPlan& plan, const GradientTask& task, const T* y,
                           int64_t image, const Tile& tile, const Three& size) {
   const Layout from = layout(plan.written, plan.groups * plan.outputs, plan.channels_last);
@@ -229,6 +232,7 @@ const float* pack_outputs(const GradientPlan& plan, const GradientTask& task, co
 
 // to[place][group], places PLACE apart.
 template <class T>
+FLASHCONV_NOINLINE
 const float* pack_output_groups(const GradientPlan& plan, const GradientTask& task, const T* y,
                                 int64_t image, const Tile& tile, const Three& size) {
   const Layout from = layout(plan.written, plan.groups, true);
@@ -245,6 +249,7 @@ const float* pack_output_groups(const GradientPlan& plan, const GradientTask& ta
 
 // to[group][output][row], rows filled up to whole vectors with zeros.
 template <class T>
+FLASHCONV_NOINLINE
 const float* pack_output_rows(const GradientPlan& plan, const GradientTask& task, const T* y,
                               int64_t image, const Tile& tile, const Three& size) {
   const Layout from = layout(plan.written, plan.groups * plan.outputs, plan.channels_last);
@@ -354,6 +359,8 @@ struct Runs {
   int64_t count() const { return divide_up(rows, rows_a_run) * divide_up(length, most); }
 };
 
+FLASHCONV_NOINLINE
+
 inline void add_tile_outer(const Runs& runs, const std::vector<int64_t>& rows, const float* x,
                            const std::vector<int64_t>& offsets, const float* y,
                            int64_t output_size, float* sums) {
@@ -374,6 +381,8 @@ inline void add_dots(const Places& places, const float* x, const std::vector<int
                                        sums + blocks.begin(b) * WIDTH, offsets.size());
 }
 
+FLASHCONV_NOINLINE
+
 inline void add_tile_dots(const Runs& runs, const std::vector<int64_t>& rows, const float* x,
                           const std::vector<int64_t>& offsets, const float* y, int64_t row_size,
                           int64_t y_size, int64_t outputs, float* sums) {
@@ -386,6 +395,7 @@ inline void add_tile_dots(const Runs& runs, const std::vector<int64_t>& rows, co
 }
 
 // Vectors of groups, each with all of its taps.
+FLASHCONV_NOINLINE
 inline void add_tile_groups(const Runs& runs, const std::vector<int64_t>& rows, const float* x,
                             const std::vector<int64_t>& offsets, const float* y, int64_t groups,
                             float* sums) {
