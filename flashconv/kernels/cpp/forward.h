@@ -17,6 +17,7 @@ constexpr int64_t MOST_CHANNELS = 128;     // packed at a time: long rows are re
 constexpr int64_t MOST_SKIPPED = 21;       // taps along an axis: three axes in the bits of a number
 constexpr int64_t FEW_STRIPS = 8;          // uses of a weight that are not worth packing it
 constexpr int64_t PACKED_BLOCKS = 16;      // of weights: long enough to be read along
+constexpr int64_t PACKED_CHANNELS = 8;     // of a gradient's weights: what is read stays in L1
 constexpr int64_t TASKS_A_THREAD = 3;      // so that threads end at about the same time
 
 // How a problem is cut into tasks. A task is some outputs of some groups at the places of a tile.
@@ -181,37 +182,35 @@ inline int64_t packed_at(const Problem& p, const Plan& plan, int64_t group, int6
          plan.taps.first[phase] * p.inputs * p.outputs + before * plan.taps.count(phase);
 }
 
-// One block of one chunk. Reads w in the order in which it lies: along an output's channels in
-// forward passes, along a channel's outputs in gradients.
+// Some channels of a block, of which a chunk has `all`.
 template <class T>
 void pack_block(const Problem& p, const T* w, const Tap* taps, int64_t count, int64_t rows,
-                int64_t channels, float* to) {
-  const int64_t tap_size = channels * rows;
-  for (int64_t r = 0; r < rows && p.weight_input < p.weight_output; r++)
+                int64_t channels, int64_t all, float* to) {
+  for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < channels; c++) {
       const T* from = w + r * p.weight_output + c * p.weight_input;
       float* first = to + c * rows + r;
-      for (int64_t t = 0; t < count; t++) first[t * tap_size] = widen(from[taps[t].kernel]);
-    }
-  for (int64_t c = 0; c < channels && p.weight_input >= p.weight_output; c++)
-    for (int64_t r = 0; r < rows; r++) {
-      const T* from = w + r * p.weight_output + c * p.weight_input;
-      float* first = to + c * rows + r;
-      for (int64_t t = 0; t < count; t++) first[t * tap_size] = widen(from[taps[t].kernel]);
+      for (int64_t t = 0; t < count; t++) first[t * all * rows] = widen(from[taps[t].kernel]);
     }
 }
 
-// Some blocks of one phase, all of them for one chunk after the other: a gradient's blocks lie side
-// by side in each channel of w.
+// Some blocks of one phase, in the order in which w lies: along an output's channels in forward
+// passes, and in gradients along a channel's outputs, which are those of block after block.
 template <class T>
 void pack_blocks(const Problem& p, const Plan& plan, const T* w, int64_t group, int64_t phase,
                  int64_t first, int64_t end, float* packed) {
-  for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk)
-    for (int64_t b = first; b < end; b++)
-      pack_block(p, w + channel * p.weight_input + plan.blocks.begin(b) * p.weight_output,
-                 plan.taps.begin(phase), plan.taps.count(phase), plan.blocks.size(b),
-                 std::min(plan.chunk, p.inputs - channel),
-                 packed + packed_at(p, plan, group, phase, b, channel));
+  const int64_t once = p.weight_input < p.weight_output ? plan.chunk : PACKED_CHANNELS;
+  for (int64_t chunk = 0; chunk < p.inputs; chunk += plan.chunk) {
+    const int64_t all = std::min(plan.chunk, p.inputs - chunk);
+    for (int64_t c = 0; c < all; c += once)
+      for (int64_t b = first; b < end; b++) {
+        const int64_t rows = plan.blocks.size(b);
+        float* to = packed + packed_at(p, plan, group, phase, b, chunk) + c * rows;
+        pack_block(p, w + (chunk + c) * p.weight_input + plan.blocks.begin(b) * p.weight_output,
+                   plan.taps.begin(phase), plan.taps.count(phase), rows,
+                   std::min(once, all - c), all, to);
+      }
+  }
 }
 
 template <class T>

@@ -174,6 +174,13 @@ inline Three clip(const GradientPlan& plan, const Tile& tile) {
   return size;
 }
 
+// Rows that lie one behind the other, in something of these lengths, are one row.
+inline Three join_rows(const Three& size, const Three& lengths) {
+  if (size[2] < lengths[2]) return size;
+  if (size[1] < lengths[1]) return {size[0], 1, size[1] * size[2]};
+  return {1, 1, product(size)};
+}
+
 template <class T>
 Source<T> task_source(const T* data, const Layout& from, int64_t batch, int64_t image,
                       int64_t channel) {
@@ -214,17 +221,18 @@ const float* pack_outputs(const GradientPlan& plan, const GradientTask& task, co
                           int64_t image, const Tile& tile, const Three& size) {
   const Layout from = layout(plan.written, plan.groups * plan.outputs, plan.channels_last);
   const int64_t output_size = task.output_size();
+  const Three rows = join_rows(size, plan.written);
   float* packed = scratch<float>(SECOND_TILE, task.groups * product(size) * output_size);
   float* to = packed;
   for (int64_t g = 0; g < task.groups; g++) {
     const int64_t channel = (task.group + g) * plan.outputs + task.output;
     const Source<T> source = task_source(y, from, plan.batch, image, channel);
-    for (int64_t r = 0; r < size[0] * size[1]; r++, to += size[2] * output_size) {
-      const T* row = row_of(source.data, from.step, tile, r / size[1], r % size[1]);
-      for (int64_t i = 0; i < size[2] && plan.channels_last; i++)
+    for (int64_t r = 0; r < rows[0] * rows[1]; r++, to += rows[2] * output_size) {
+      const T* row = row_of(source.data, from.step, tile, r / rows[1], r % rows[1]);
+      for (int64_t i = 0; i < rows[2] && plan.channels_last; i++)
         copy_row(to + i * output_size, row + i * from.step[2], task.outputs, source.end);
       if (!plan.channels_last)
-        turn_row(to, output_size, row, from.channel, source.end, task.outputs, size[2]);
+        turn_row(to, output_size, row, from.channel, source.end, task.outputs, rows[2]);
     }
   }
   return packed;
@@ -444,8 +452,9 @@ void add_tile(const GradientPlan& plan, const GradientTask& task, const T* x, co
   const int64_t image = unit / product(plan.tiles);
   const Tile tile = find_tile(unit % product(plan.tiles), plan.tiles, plan.size);
   const Three size = clip(plan, tile);
-  const Runs runs(size, plan.lane == OF_PLACES ? LONGEST_RUN * WIDTH : LONGEST_RUN);
-  find_place_rows(shape, size, rows);
+  const Three joined = plan.lane == OF_PLACES ? size : join_rows(size, shape.lengths);
+  const Runs runs(joined, plan.lane == OF_PLACES ? LONGEST_RUN * WIDTH : LONGEST_RUN);
+  find_place_rows(shape, joined, rows);
   sums.expect(runs.count());
   const float* input = pack_input(plan, task, x, image, tile, channel_size);
   if (plan.lane == OF_GROUPS) {
@@ -502,13 +511,13 @@ void add_parts(const GradientPlan& plan, const float* parts, T* w) {
   const int64_t count = plan.weights();
   float line[WIDTH];
   for (int64_t i = 0; i < count; i += WIDTH) {
-    const int64_t lanes = std::min<int64_t>(WIDTH, count - i);
-    for (int64_t j = 0; j < lanes; j++) {
-      double total = 0;
-      for (int64_t part = 0; part < plan.parts; part++) total += parts[part * count + i + j];
-      line[j] = float(total);
+    double totals[WIDTH] = {};
+    for (int64_t part = 0; part < plan.parts; part++) {
+      store(line, load_until(parts + part * count + i, parts + plan.parts * count));
+      for (int j = 0; j < WIDTH; j++) totals[j] += line[j];
     }
-    store_row(w + i, line, lanes);
+    for (int j = 0; j < WIDTH; j++) line[j] = float(totals[j]);
+    store_row(w + i, line, std::min<int64_t>(WIDTH, count - i));
   }
 }
 
