@@ -428,8 +428,10 @@ inline std::vector<Seen> sort_by_taps(const Problem& p, const Plan& plan, const 
         const uint64_t taps = (depths << MOST_SKIPPED | heights) << MOST_SKIPPED | widths;
         seen.push_back({taps, *spot++});
       }
-  auto sees_less = [](const Seen& a, const Seen& b) { return a.taps < b.taps; };
-  std::stable_sort(seen.begin(), seen.end(), sees_less);
+  auto comes_first = [](const Seen& a, const Seen& b) {
+    return a.taps != b.taps ? a.taps < b.taps : a.spot.place < b.spot.place;
+  };
+  std::sort(seen.begin(), seen.end(), comes_first);
   return seen;
 }
 

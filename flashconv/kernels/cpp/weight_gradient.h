@@ -22,6 +22,10 @@ constexpr int64_t MOST_GROUPS = 16;           // of small images in a task
 // What neighbouring lanes of a vector are.
 enum Lane { OF_OUTPUTS, OF_PLACES, OF_GROUPS };
 
+// From a place of packed y to the next: an odd number of vectors. Places that lie a power of two
+// apart would share a few lines of the cache.
+inline int64_t place_pitch(int64_t outputs) { return (divide_up(outputs, WIDTH) | 1) * WIDTH; }
+
 // How a gradient is cut into tasks. A task is a block of weights, summed over a part of the tiles.
 struct GradientPlan {
   int64_t batch, groups, channels, outputs;  // of a group
@@ -43,7 +47,7 @@ struct GradientPlan {
   }
   double products() const { return double(weights()) * batch * product(written); }
 
-  // Floats of y at one place, and of the sums of one weight's channel and tap.
+  // Floats of the sums of one weight's channel and tap.
   int64_t output_size() const { return divide_up(output_block, WIDTH) * WIDTH; }
   int64_t block_sums() const {
     const int64_t rows = channel_block * taps();
@@ -55,7 +59,7 @@ struct GradientPlan {
     const int64_t rows = size[0] * size[1];
     if (lane == OF_GROUPS) return rows * size[2] * PLACE;
     if (lane == OF_PLACES) return group_block * output_block * (rows * row_size() + WIDTH);
-    return group_block * rows * size[2] * output_size();
+    return group_block * rows * size[2] * place_pitch(output_block);
   }
 };
 
@@ -146,7 +150,7 @@ struct GradientTask {
   int64_t part;
 
   int64_t rows(const GradientPlan& plan) const { return channels * plan.taps(); }
-  // Floats of y at one place.
+  // Floats of the sums of one weight's channel and tap.
   int64_t output_size() const { return divide_up(outputs, WIDTH) * WIDTH; }
 };
 
@@ -220,19 +224,19 @@ FLASHCONV_NOINLINE
 const float* pack_outputs(const GradientPlan& plan, const GradientTask& task, const T* y,
                           int64_t image, const Tile& tile, const Three& size) {
   const Layout from = layout(plan.written, plan.groups * plan.outputs, plan.channels_last);
-  const int64_t output_size = task.output_size();
+  const int64_t y_size = place_pitch(task.outputs);
   const Three rows = join_rows(size, plan.written);
-  float* packed = scratch<float>(SECOND_TILE, task.groups * product(size) * output_size);
+  float* packed = scratch<float>(SECOND_TILE, task.groups * product(size) * y_size);
   float* to = packed;
   for (int64_t g = 0; g < task.groups; g++) {
     const int64_t channel = (task.group + g) * plan.outputs + task.output;
     const Source<T> source = task_source(y, from, plan.batch, image, channel);
-    for (int64_t r = 0; r < rows[0] * rows[1]; r++, to += rows[2] * output_size) {
+    for (int64_t r = 0; r < rows[0] * rows[1]; r++, to += rows[2] * y_size) {
       const T* row = row_of(source.data, from.step, tile, r / rows[1], r % rows[1]);
       for (int64_t i = 0; i < rows[2] && plan.channels_last; i++)
-        copy_row(to + i * output_size, row + i * from.step[2], task.outputs, source.end);
+        copy_row(to + i * y_size, row + i * from.step[2], task.outputs, source.end);
       if (!plan.channels_last)
-        turn_row(to, output_size, row, from.channel, source.end, task.outputs, rows[2]);
+        turn_row(to, y_size, row, from.channel, source.end, task.outputs, rows[2]);
     }
   }
   return packed;
@@ -341,7 +345,7 @@ inline void find_place_rows(const TileShape& shape, const Three& size,
 
 // All weights and outputs for one run of places.
 inline void add_outer(const Places& places, const float* x, const std::vector<int64_t>& offsets,
-                      const float* y, int64_t output_size, float* sums) {
+                      const float* y, int64_t y_size, int64_t output_size, float* sums) {
   const Parts vectors(output_size / WIDTH, MOST_OUTPUT_VECTORS);
   for (int64_t v = 0; v < vectors.count; v++) {
     const int64_t output = vectors.begin(v) * WIDTH;
@@ -349,7 +353,7 @@ inline void add_outer(const Places& places, const float* x, const std::vector<in
     for (int64_t b = 0; b < blocks.count; b++) {
       const int64_t row = blocks.begin(b);
       find_outer(blocks.size(b), vectors.size(v))(places, x, offsets.data() + row, y + output,
-                                                  output_size, sums + row * output_size + output,
+                                                  y_size, sums + row * output_size + output,
                                                   output_size);
     }
   }
@@ -370,14 +374,14 @@ struct Runs {
 FLASHCONV_NOINLINE
 
 inline void add_tile_outer(const Runs& runs, const std::vector<int64_t>& rows, const float* x,
-                           const std::vector<int64_t>& offsets, const float* y,
+                           const std::vector<int64_t>& offsets, const float* y, int64_t y_size,
                            int64_t output_size, float* sums) {
   for (int64_t row = 0; row < runs.rows; row += runs.rows_a_run)
     for (int64_t start = 0; start < runs.length; start += runs.most) {
       const Places places{rows.data() + row, std::min(runs.rows_a_run, runs.rows - row),
                           std::min(runs.most, runs.length - start)};
-      const float* from = y + (row * runs.length + start) * output_size;
-      add_outer(places, x + start, offsets, from, output_size, sums);
+      const float* from = y + (row * runs.length + start) * y_size;
+      add_outer(places, x + start, offsets, from, y_size, output_size, sums);
     }
 }
 
@@ -428,15 +432,16 @@ inline void add_groups(const GradientPlan& plan, const GradientTask& task, const
                        const std::vector<int64_t>& offsets, const float* y, float* sums) {
   const bool is_outer = plan.lane == OF_OUTPUTS;
   const int64_t channel_size = TileShape(plan.axes, plan.size).floats + WIDTH;
-  const int64_t y_size = size[0] * size[1] * plan.row_size() + WIDTH;
-  const int64_t group_size = is_outer ? product(size) * task.output_size() : task.outputs * y_size;
+  const int64_t y_size = is_outer ? place_pitch(task.outputs) :
+                                    size[0] * size[1] * plan.row_size() + WIDTH;
+  const int64_t group_size = (is_outer ? product(size) : task.outputs) * y_size;
   const int64_t sums_size = is_outer ? task.output_size() : task.outputs * WIDTH;
   for (int64_t g = 0; g < task.groups; g++) {
     const float* x_g = x + g * task.channels * channel_size;
     const float* y_g = y + g * group_size;
     float* sums_g = sums + g * task.rows(plan) * sums_size;
     if (is_outer) {
-      add_tile_outer(runs, rows, x_g, offsets, y_g, task.output_size(), sums_g);
+      add_tile_outer(runs, rows, x_g, offsets, y_g, y_size, task.output_size(), sums_g);
     } else {
       add_tile_dots(runs, rows, x_g, offsets, y_g, plan.row_size(), y_size, task.outputs, sums_g);
     }
