@@ -1,4 +1,4 @@
-# make demo | make lab | make test | make fuzz | make limits | make environments | make mutants
+# make demo | make lab | make test | make fuzz | make sanitize | make limits | make environments | make mutants
 # make bench | make bench-models | make bench-steps | make survey | make export | make readme | make clean
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo lab test fuzz limits environments mutants bench bench-models bench-steps survey export readme clean
+.PHONY: demo lab test fuzz sanitize limits environments mutants bench bench-models bench-steps survey export readme clean
 
 demo: $(VENV)/demo-installed
 	-$(BIN)/python -m flashconv build
@@ -38,9 +38,23 @@ mutants: $(VENV)/test-installed
 	$(BIN)/python -m pip install -q mutmut==3.8.1
 	$(BIN)/python tools/mutants.py $(MUTANTS)
 
-# FUZZ="--seed 3 --cases 2000 --jobs 2": other cases than the 10,000 of seed 0.
+# FUZZ="--seed 3 --cases 2000 --jobs 2": other cases than the 10,000 of seed 0. FUZZ="--kernels
+# --threads 7 --architecture x86-64": all in kernels, on 7 threads, compiled for SSE2.
 fuzz: $(VENV)/test-installed
 	$(BIN)/python tests/fuzz.py $(FUZZ)
+
+# The C++ kernels alone, against the loop: reads and writes past arrays, undefined behaviour, races
+# of threads, narrow vectors. SANITIZE="2000 3": so many layers, another seed.
+SANITIZE ?= 2000 0
+CHECKED = $(CXX) -std=c++17 -g -Wall -Wextra -DFLASHCONV_SMALL_WORK=0 tests/sanitize.cpp \
+	flashconv/kernels/cpp/kernels.cpp -pthread
+ADDRESSES = -O1 -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
+
+sanitize:
+	mkdir -p build
+	$(CHECKED) $(ADDRESSES) -o build/sanitize && build/sanitize $(SANITIZE)
+	$(CHECKED) -O1 -march=native -fsanitize=thread -o build/threads && build/threads $(SANITIZE)
+	$(CHECKED) -O2 -o build/baseline && build/baseline $(SANITIZE)
 
 bench: $(VENV)/bench-installed
 	-$(BIN)/python -m flashconv build

@@ -84,6 +84,14 @@ std::vector<float> pack_weights(const Layer& layer, const float* w, const Taps& 
   return packed;
 }
 
+// Where the channels of each tap lie, in the order of the packed weights.
+std::vector<int64_t> term_offsets(const Layer& layer, const Taps& taps, int64_t channel_size) {
+  std::vector<int64_t> offsets;
+  for (const Tap& tap : taps.all)
+    for (int64_t c = 0; c < layer.inputs; c++) offsets.push_back(tap.offset + c * channel_size);
+  return offsets;
+}
+
 // All outputs at some vectors of places: sums[output][place], outputs `size` apart.
 void multiply_all(const Layer& layer, const Terms& terms, const float* tile, const Spot* spots,
                   int64_t vectors, const float* weights, float* sums, int64_t size) {
@@ -91,9 +99,8 @@ void multiply_all(const Layer& layer, const Terms& terms, const float* tile, con
   const Parts blocks(layer.outputs, MAX_ROWS);
   for (int64_t block = 0; block < blocks.count; block++) {
     const int64_t rows = blocks.size(block);
-    const Multiply multiply = find_multiply<true>(rows, vectors);
-    multiply(terms, tile, spots, Weights{weights, 0, 0}, zeros, sums, size);
-    weights += terms.tap_count * terms.channels * rows;
+    find_multiply(terms, rows, vectors)(terms, tile, spots, weights, zeros, sums, size);
+    weights += terms.count * rows;
     sums += rows * size;
   }
 }
@@ -103,8 +110,8 @@ extern "C" void blocks(const Layer& layer, const float* x, const float* w, float
   for (int64_t a = 0; a < layer.kernel; a++)
     for (int64_t b = 0; b < layer.kernel; b++)
       taps.all.push_back({a * layer.kernel + b, a * layer.width + b, a * layer.kernel + b});
-  const Terms terms{taps.all.data(), int64_t(taps.all.size()), layer.inputs,
-                    layer.height * layer.width};
+  const std::vector<int64_t> offsets = term_offsets(layer, taps, layer.height * layer.width);
+  const Terms terms{offsets.data(), int64_t(offsets.size())};
   const std::vector<float> weights = pack_weights(layer, w, taps);
   const Parts parts(divide_up(layer.columns, WIDTH), max_vectors(MAX_ROWS));
   const int64_t size = parts.largest() * WIDTH;
@@ -138,7 +145,7 @@ Problem problem(const Layer& layer) {
     c.dilation[i] = i ? layer.dilation : 1;
     c.padding[i] = i ? layer.padding : 0;
   }
-  return forward_problem(c);
+  return make_problem(c);
 }
 
 // A tile: packed, multiplied, stored. Vectors run across its rows.
@@ -153,7 +160,8 @@ void convolve_tile(const Layer& layer, const Problem& p, const Tile& tile, const
   float* sums = scratch<float>(SUMS, layer.outputs * size);
   pack_channels(packed, channel_size, Source<float>{x, x + from.image, from.channel, from.step},
                 layer.inputs, find_rows(p.axes, from.step, tile, shape));
-  const Terms terms{taps.begin(0), taps.count(0), layer.inputs, channel_size};
+  const std::vector<int64_t> offsets = term_offsets(layer, taps, channel_size);
+  const Terms terms{offsets.data(), int64_t(offsets.size())};
   const Parts parts(size / WIDTH, max_vectors(MAX_ROWS));
   for (int64_t part = 0; part < parts.count; part++) {
     Spot spots[max_vectors(MAX_ROWS)];

@@ -171,6 +171,8 @@ def _first():
     raise ValueError("no library was found that fits")
 
 # %% ../nbs/10_blas.ipynb #26310ca8
+_followers = []  # functions of the library in use, called whenever use() has put one in place
+
 def use(
     library: str,  # a path, a soname, "on" for the first that fits, or "off" for what MLX came with
 ) -> None:
@@ -188,6 +190,7 @@ def use(
         raise ValueError(f"{error}. Possible here: {possible}.") from None
     _put(routines)
     _because("use() said so")
+    for follow in _followers: follow(_in_use())
 
 # %% ../nbs/10_blas.ipynb #a8016d5e
 _TUNED = {"openblas_get_num_threads": "OpenBLAS", "scipy_openblas_get_num_threads": "OpenBLAS",

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from threading import Thread, local
 
 KINDS = ("conv", "conv_transpose", "Conv", "ConvTranspose", "LazyConv", "LazyConvTranspose", "pad")
 FLOATS = ("float32", "float16", "bfloat16", "float64", "complex64")
+KERNEL_TYPES = ("float32", "float16", "bfloat16")
 INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
 ALGORITHMS = ("native", "matmul", "taps", "places", "fft", "overlap_add")
 VIEWS = ("transposed", "sliced", "reversed", "broadcast")
@@ -139,6 +141,14 @@ def _draw_transforms(rng, case, arrays, integers):
     if compiled: case["compile"] = True
 
 
+def through_kernels(case):
+    "The case as kernels compute it: by no other algorithm, in one of their types."
+    case = {key: value for key, value in case.items() if key not in ("algorithm", "tile")}
+    if case.get("dtype", "float32") not in KERNEL_TYPES:
+        case["dtype"] = KERNEL_TYPES[case["seed"] % len(KERNEL_TYPES)]
+    return case
+
+
 # Shrinking -----------------------------------------------------------------------------------
 
 def smaller(case):
@@ -193,7 +203,9 @@ def shrink(case, failure, judge, seconds=60):
 class Worker:
     "A process that judges one case after the other, replaced when it dies or hangs."
 
-    process, command = None, [sys.executable, "-W", "ignore", __file__, "--serve"]
+    process = None
+
+    def __init__(self, options=()): self.command = [sys.executable, "-W", "ignore", __file__, "--serve", *options]
 
     def __call__(self, case, seconds=60):
         "The verdict on a case, in one or two words, and what is wrong with it, or None."
@@ -220,25 +232,40 @@ class Worker:
         answers.put(None)
 
 
-def serve():
+def use_architecture(architecture):
+    "Have the kernels of this process be those for another processor."
+    from flashconv.kernels import build, primitive
+    assert primitive.available()
+    build.use(primitive._glue, build.libraries(architecture)[1])
+
+
+def force_threads(count):
+    "Have processes started from here, and this one, use so many threads, for the smallest layer too."
+    from flashconv.kernels import build
+    os.environ["CXX"] = shlex.join([*build.compiler(), "-DFLASHCONV_SMALL_WORK=0"])
+    os.environ["FLASHCONV_THREADS"] = str(count)
+
+
+def serve(architecture):
     "Judge the cases that come in, one per line."
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     import conftest  # noqa: F401, its device and precision
     from judge import verdict
+    if architecture: use_architecture(architecture)
     for line in sys.stdin: print(json.dumps(verdict(json.loads(line))), file=answers, flush=True)
 
 
 def command(case): return f"python tests/fuzz.py --case '{json.dumps(case)}'"
 
 
-def run(seed, first, cases, jobs):
+def run(seed, first, cases, jobs, kernels=False, options=()):
     "Judge them all; the number of failures."
     started, counts, known, workers = time.monotonic(), Counter(), Counter(), local()
 
     def judged(number):
-        if not hasattr(workers, "mine"): workers.mine = Worker()
-        case = draw(seed, number)
+        if not hasattr(workers, "mine"): workers.mine = Worker(options)
+        case = through_kernels(draw(seed, number)) if kernels else draw(seed, number)
         word, failure = workers.mine(case)
         if failure is not None and known[alike(failure)] < 3:  # of one sort three are enough
             known[alike(failure)] += 1
@@ -266,11 +293,19 @@ def main():
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--kernels", action="store_true", help="only what runs in kernels by default")
+    parser.add_argument("--threads", type=int, help="of the kernels, for the smallest layer too")
+    parser.add_argument("--architecture", help="of the kernels: x86-64-v3 has AVX2, x86-64 SSE2")
     parser.add_argument("--case", help="judge this one alone, in this process")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve: return serve()
-    if args.case is None: return run(args.seed, args.first, args.cases, args.jobs) > 0
+    if args.serve: return serve(args.architecture)
+    if args.threads: force_threads(args.threads)
+    if args.architecture: use_architecture(args.architecture)  # compiled here, once for all
+    elif args.threads: subprocess.run([sys.executable, "-m", "flashconv", "build"], check=True)
+    if args.case is None:
+        options = ("--architecture", args.architecture) if args.architecture else ()
+        return run(args.seed, args.first, args.cases, args.jobs, args.kernels, options) > 0
     from judge import judge
     print(judge(json.loads(args.case)))
 

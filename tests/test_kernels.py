@@ -2,6 +2,7 @@
 import ctypes
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -597,6 +598,30 @@ def test_nothing_leaks():
     layers(1000)
     assert mx.get_active_memory() == active
     assert resident() - before < 4 * 2**20
+
+
+def test_another_blas_is_lent_the_threads_too():
+    "The kernels' threads go to whichever library blas.use has put in place."
+    assert output(child("""
+import mlx.core as mx
+from flashconv import blas
+from flashconv.kernels import primitive
+mx.set_default_device(mx.cpu)
+assert primitive.available() and primitive.lend_threads in blas._followers
+seen = []
+blas._followers.append(seen.append)
+blas.use("off")
+assert seen == [blas._in_use()]
+print("lent")
+""")).strip() == "lent"
+
+
+def test_no_kernel_includes_the_glues_headers():
+    "A change of the glue must not compile the kernels anew: their key holds all that they include."
+    def included(file):
+        names = re.findall(r'#include "(.*)"', file.read_text(encoding="utf-8"))
+        return {file}.union(*(included(build.SOURCES / name) for name in names))
+    assert included(build.SOURCES / "kernels.cpp") == set(build.kernels().sources)
 
 
 def test_openblas_works_on_the_pool():

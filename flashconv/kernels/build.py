@@ -20,7 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from platform import machine
@@ -94,13 +94,16 @@ def processor() -> str:  # names of extensions
     return machine()
 
 # %% ../../nbs/kernels/01_build.ipynb #c70a6e6e
+_OF_GLUE = "call.h", "pool.h"  # headers that no kernel includes
+
 def kernels(
     architecture: str = "native",  # as g++ names it: "x86-64-v3" has AVX2, "x86-64" SSE2
 ) -> Library:
     "The kernels: plain C++, which neither MLX nor Python changes."
     option = "-march=" if machine() == "x86_64" else "-mcpu="
     flags = "-std=c++17", "-O3", option + architecture, "-fPIC", "-shared"
-    sources = SOURCES / "kernels.cpp", *sorted(SOURCES.glob("*.h"))
+    headers = (file for file in SOURCES.glob("*.h") if file.name not in _OF_GLUE)
+    sources = SOURCES / "kernels.cpp", *sorted(headers)
     return Library("kernels", sources, flags, (machine(), processor()), _tools())
 
 # %% ../../nbs/kernels/01_build.ipynb #1d26609c
@@ -139,7 +142,7 @@ def glue() -> Library:
                nanobind / "ext/robin_map/include")
     places = (*(f"-isystem{folder}" for folder in headers),
               str(nanobind / "src/nb_combined.cpp"), f"-L{mlx / 'lib'}", "-lmlx")
-    sources = tuple(SOURCES / name for name in ("glue.cpp", "call.h", "conv.h", "pool.h"))
+    sources = tuple(SOURCES / name for name in ("glue.cpp", "conv.h", *_OF_GLUE))
     flags = ("-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DNB_DOMAIN=mlx",
              "-DNDEBUG")
     holds_for = (machine(), mx.__version__, _state(mlx / "lib/libmlx.so"),
@@ -278,6 +281,21 @@ def _sweep(folder):
     for left in folder.glob("building-*"):
         if left.stat().st_mtime < time() - 3600: shutil.rmtree(left, ignore_errors=True)
 
+# %% ../../nbs/kernels/01_build.ipynb #e3b5ef31
+_DAY = 24 * 3600  # seconds
+_UNUSED = 90 * _DAY
+
+def _date(file):
+    "Note that a library is in use."
+    with suppress(OSError):  # a folder that may only be read
+        if file.stat().st_mtime < time() - _DAY: os.utime(file)
+
+def _prune(folder):
+    "Remove the libraries that nobody has used for long."
+    for file in (*folder.glob("glue-*.so"), *folder.glob("kernels-*.so")):
+        with suppress(OSError):  # another process was faster
+            if file.lstat().st_mtime < time() - _UNUSED: file.unlink()
+
 # %% ../../nbs/kernels/01_build.ipynb #6a183dd0
 _PATIENCE = 120  # seconds to wait for another process that builds
 
@@ -314,6 +332,7 @@ def _build(wanted, folder):
     if not missing: return
     for i in missing: _check_tools(wanted[i])
     _announce(folder)
+    _prune(folder)
     files = [_file(library, folder) for library in wanted]
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as work:
         new = dict(zip(missing, _compile([wanted[i] for i in missing], Path(work))))
@@ -334,7 +353,9 @@ def libraries(
             with _turn(folder): _build(wanted, folder)
         except OSError as error:
             raise BuildError(f"nothing can be built in {folder}: {error}. {_ELSEWHERE}") from None
-    return tuple(_file(library, folder) for library in wanted)
+    files = tuple(_file(library, folder) for library in wanted)
+    for file in files: _date(file)
+    return files
 
 # %% ../../nbs/kernels/01_build.ipynb #4af305e3
 def main() -> int | str:  # exit status, or the message that makes it 1

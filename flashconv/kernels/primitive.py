@@ -14,7 +14,7 @@ from functools import lru_cache
 from threading import Lock
 from typing import NamedTuple
 
-from ..blas import _in_use
+from ..blas import _followers, _in_use
 
 # %% ../../nbs/kernels/00_under_mlx.ipynb #31e52bb0
 _glue = None  # the module, once it is loaded
@@ -69,6 +69,7 @@ def _try(wish):
     _glue, _files, _reason = module, tuple(map(str, files)), "compiled for this machine"
     _call = module.convolve
     lend_threads(_in_use())
+    _followers.append(lend_threads)
 
 # %% ../../nbs/kernels/00_under_mlx.ipynb #2177b82d
 _ADVICE = (

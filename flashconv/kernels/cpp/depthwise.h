@@ -13,8 +13,10 @@ namespace flashconv {
 constexpr int64_t DEPTHWISE_TILE = 32 << 10;  // floats of a packed tile
 constexpr int64_t MOST_CHANNELS_A_TASK = 16;
 
+// Longer sums are sums of sums, see forward.h.
 inline bool is_depthwise(const Problem& p) {
-  return p.inputs == 1 && p.outputs == 1 && p.shared < 0;
+  const bool is_short = product(p.kernel) <= 2 * LONGEST_SUM * p.phases();
+  return p.inputs == 1 && p.outputs == 1 && p.shared < 0 && is_short;
 }
 
 // What both layouts share: tiles, taps and weights as [group][tap of all phases].
@@ -25,10 +27,10 @@ struct DepthwisePlan {
 
 inline DepthwisePlan depthwise_plan(const Problem& p, int64_t channels) {
   DepthwisePlan plan;
-  plan.size = {p.axes[0].places, p.axes[1].places, p.axes[2].places};
+  plan.size = p.places();
   while (TileShape(p.axes, plan.size).floats * channels > DEPTHWISE_TILE && halve(plan.size))
     continue;
-  plan.tiles = count_tiles({p.axes[0].places, p.axes[1].places, p.axes[2].places}, plan.size);
+  plan.tiles = count_tiles(p.places(), plan.size);
   plan.taps = make_taps(p.axes, TileShape(p.axes, plan.size), p.kernel);
   return plan;
 }
@@ -114,8 +116,9 @@ DepthwiseRows find_depthwise(int64_t rows, int64_t vectors) {
 }
 
 // All rows of one depth of a tile.
-inline void depthwise_plane(RowsOfPlaces rows, int64_t count, const Tap* taps, int64_t tap_count,
-                            const float* weights, float start) {
+FLASHCONV_NOINLINE inline void depthwise_plane(RowsOfPlaces rows, int64_t count, const Tap* taps,
+                                               int64_t tap_count, const float* weights,
+                                               float start) {
   const Parts columns(divide_up(rows.width, WIDTH), MOST_ROW_VECTORS);
   const RowsOfPlaces all = rows;
   for (int64_t c = 0; c < columns.count; c++) {

@@ -13,10 +13,11 @@ namespace flashconv {
 
 constexpr int64_t TILE_FLOATS = 48 << 10;  // of a packed tile, and of its sums: both stay in L2
 constexpr int64_t CHUNK_FLOATS = 6 << 10;  // of what a block reads again and again: stays in L1
-constexpr int64_t MOST_CHANNELS = 128;     // packed at a time: fewer, longer rows are read faster
+constexpr int64_t MOST_CHANNELS = 128;     // packed at a time: long rows are read faster
 constexpr int64_t MOST_SKIPPED = 21;       // taps along an axis: three axes in the bits of a number
 constexpr int64_t FEW_STRIPS = 8;          // uses of a weight that are not worth packing it
 constexpr int64_t PACKED_BLOCKS = 16;      // of weights: long enough to be read along
+constexpr int64_t PACKED_CHANNELS = 8;     // of a gradient's weights: what is read stays in L1
 constexpr int64_t TASKS_A_THREAD = 3;      // so that threads end at about the same time
 
 // How a problem is cut into tasks. A task is some outputs of some groups at the places of a tile.
@@ -34,6 +35,7 @@ struct Plan {
   SharedTaps shared;          // of a long kernel
   std::vector<Spot> spots;    // the vectors of a tile's places
   Taps taps;
+  int64_t most_taps;          // of a phase
   int64_t channel_size;       // of the packed tile
   int64_t group_tasks, block_tasks, phase_tasks;
 
@@ -138,7 +140,7 @@ inline bool shrink_sums(const Problem& p, Plan& plan) {
 }
 
 inline void choose_size(const Problem& p, Plan& plan) {
-  plan.size = {p.axes[0].places, p.axes[1].places, p.axes[2].places};
+  plan.size = p.places();
   plan.phases_a_task = p.phases();
   plan.blocks_a_task = plan.blocks.count;
   while (!tile_fits(p, plan) && shrink_tile(p, plan)) continue;
@@ -151,8 +153,7 @@ inline double count_products(const Problem& p) {
 }
 
 inline int64_t count_tasks(const Problem& p, const Plan& plan) {
-  const int64_t tiles = product(count_tiles({p.axes[0].places, p.axes[1].places, p.axes[2].places},
-                                            plan.size));
+  const int64_t tiles = product(count_tiles(p.places(), plan.size));
   return p.batch * divide_up(p.groups, plan.group_block) * tiles *
          divide_up(plan.blocks.count, plan.blocks_a_task) *
          divide_up(p.phases(), plan.phases_a_task);
@@ -181,37 +182,35 @@ inline int64_t packed_at(const Problem& p, const Plan& plan, int64_t group, int6
          plan.taps.first[phase] * p.inputs * p.outputs + before * plan.taps.count(phase);
 }
 
-// One block of one chunk. Reads w in the order in which it lies: along an output's channels in
-// forward passes, along a channel's outputs in gradients.
+// Some channels of a block, of which a chunk has `all`.
 template <class T>
 void pack_block(const Problem& p, const T* w, const Tap* taps, int64_t count, int64_t rows,
-                int64_t channels, float* to) {
-  const int64_t tap_size = channels * rows;
-  for (int64_t r = 0; r < rows && p.weight_input < p.weight_output; r++)
+                int64_t channels, int64_t all, float* to) {
+  for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < channels; c++) {
       const T* from = w + r * p.weight_output + c * p.weight_input;
       float* first = to + c * rows + r;
-      for (int64_t t = 0; t < count; t++) first[t * tap_size] = widen(from[taps[t].kernel]);
-    }
-  for (int64_t c = 0; c < channels && p.weight_input >= p.weight_output; c++)
-    for (int64_t t = 0; t < count; t++) {
-      const T* from = w + c * p.weight_input + taps[t].kernel;
-      float* first = to + t * tap_size + c * rows;
-      for (int64_t r = 0; r < rows; r++) first[r] = widen(from[r * p.weight_output]);
+      for (int64_t t = 0; t < count; t++) first[t * all * rows] = widen(from[taps[t].kernel]);
     }
 }
 
-// Some blocks of one phase, all of them for one chunk after the other: a gradient's blocks lie side
-// by side in each channel of w.
+// Some blocks of one phase, in the order in which w lies: along an output's channels in forward
+// passes, and in gradients along a channel's outputs, which are those of block after block.
 template <class T>
 void pack_blocks(const Problem& p, const Plan& plan, const T* w, int64_t group, int64_t phase,
                  int64_t first, int64_t end, float* packed) {
-  for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk)
-    for (int64_t b = first; b < end; b++)
-      pack_block(p, w + channel * p.weight_input + plan.blocks.begin(b) * p.weight_output,
-                 plan.taps.begin(phase), plan.taps.count(phase), plan.blocks.size(b),
-                 std::min(plan.chunk, p.inputs - channel),
-                 packed + packed_at(p, plan, group, phase, b, channel));
+  const int64_t once = p.weight_input < p.weight_output ? plan.chunk : PACKED_CHANNELS;
+  for (int64_t chunk = 0; chunk < p.inputs; chunk += plan.chunk) {
+    const int64_t all = std::min(plan.chunk, p.inputs - chunk);
+    for (int64_t c = 0; c < all; c += once)
+      for (int64_t b = first; b < end; b++) {
+        const int64_t rows = plan.blocks.size(b);
+        float* to = packed + packed_at(p, plan, group, phase, b, chunk) + c * rows;
+        pack_block(p, w + (chunk + c) * p.weight_input + plan.blocks.begin(b) * p.weight_output,
+                   plan.taps.begin(phase), plan.taps.count(phase), rows,
+                   std::min(once, all - c), all, to);
+      }
+  }
 }
 
 template <class T>
@@ -285,12 +284,14 @@ struct Call {
   const Plan& plan;
   const float* weights;  // packed, or as they are
   const float* bias;     // of every output of every group
+  const float* zeros;    // as many as a group has outputs
 };
 
 // Which products are summed: a chunk of channels, from `channel` on, of a group in one phase.
 struct Part {
   int64_t group, phase;  // of the problem
   int64_t channel, channels;
+  const float* start;    // a number for each output of the group where sums begin, else null
 };
 
 // Vectors of places that see the same taps.
@@ -301,45 +302,68 @@ struct Strip {
   int64_t tap_count;
 };
 
-inline Weights find_weights(const Call& call, const Part& part, int64_t block) {
+// The weights of a block, from `part`'s first channel on.
+inline const float* find_weights(const Call& call, const Part& part, int64_t block) {
   const Problem& p = call.problem;
   if (call.plan.is_packed)
-    return {call.weights + packed_at(p, call.plan, part.group, part.phase, block, part.channel),
-            0, 0};
+    return call.weights + packed_at(p, call.plan, part.group, part.phase, block, part.channel);
   const int64_t row = call.plan.blocks.begin(block) * p.weight_output;
-  return {call.weights + part.group * group_weights(p) + row + part.channel * p.weight_input,
-          p.weight_input, p.weight_output};
+  return call.weights + part.group * group_weights(p) + row + part.channel * p.weight_input;
 }
 
-// All blocks of outputs at a strip, `most` taps at a time.
+// Taps of a part that are summed at one time, the first of them `first`.
+struct Piece {
+  const Tap* taps;
+  int64_t first, count;
+  const int64_t* offsets;  // of all of its terms
+};
+
+// All blocks of outputs at a strip. What it reads stays in L1 meanwhile.
+FLASHCONV_NOINLINE
 inline void multiply_strip(const Call& call, const Task& task, const Part& part,
-                           const Strip& strip, int64_t most, const float* tile, float* sums) {
+                           const Piece& piece, const Strip& strip, const float* tile,
+                           float* sums) {
   const Plan& plan = call.plan;
-  for (int64_t t = 0; t == 0 || t < strip.tap_count; t += most) {
-    const Terms terms{strip.taps + t, std::min(most, strip.tap_count - t), part.channels,
-                      plan.channel_size};
-    for (int64_t block = task.block; block < task.block + task.blocks; block++) {
-      const int64_t rows = plan.blocks.size(block);
-      const int64_t output = plan.blocks.begin(block);
-      const float* bias = call.bias + part.group * call.problem.outputs + output;
-      const Multiply multiply = plan.is_packed ? find_multiply<true>(rows, strip.count) :
-                                                 find_multiply<false>(rows, strip.count);
-      multiply(terms, tile, strip.spots, find_weights(call, part, block),
-               part.channel == 0 && t == 0 ? bias : nullptr,
-               sums + (output - first_output(plan, task)) * plan.sums_size(), plan.sums_size());
+  const Problem& p = call.problem;
+  for (int64_t block = task.block; block < task.block + task.blocks; block++) {
+    const int64_t rows = plan.blocks.size(block);
+    const int64_t output = plan.blocks.begin(block);
+    const float* start = part.start && piece.first == 0 ? part.start + output : nullptr;
+    const float* weights = find_weights(call, part, block);
+    float* to = sums + (output - first_output(plan, task)) * plan.sums_size();
+    if (plan.is_packed && !plan.skips) {
+      const Terms terms{piece.offsets, piece.count * part.channels};
+      weights += piece.first * part.channels * rows;
+      find_multiply(terms, rows, strip.count)(terms, tile, strip.spots, weights, start, to,
+                                              plan.sums_size());
+      continue;
     }
+    StridedTerms terms{piece.taps, piece.count,      part.channels, plan.channel_size,
+                       rows,       1,                0,             part.channels * rows};
+    if (!plan.is_packed)
+      terms = {piece.taps,     piece.count,     part.channels, plan.channel_size,
+               p.weight_input, p.weight_output, 1,             0};
+    find_multiply(terms, rows, strip.count)(terms, tile, strip.spots, weights, start, to,
+                                            plan.sums_size());
   }
 }
 
-// Places in strips as wide as registers admit. What one reads stays in L1 while all outputs are
-// computed from it.
+// Places in strips as wide as registers admit, for some taps after the other.
 inline void multiply_part(const Call& call, const Task& task, const Part& part, const Strip& all,
                           const float* tile, float* sums) {
   const Parts strips(all.count, max_vectors(call.plan.blocks.largest()));
-  const int64_t most = std::max<int64_t>(1, LONGEST_SUM / part.channels);
-  for (int64_t s = 0; s < strips.count; s++) {
-    const Strip strip{all.spots + strips.begin(s), strips.size(s), all.taps, all.tap_count};
-    multiply_strip(call, task, part, strip, most, tile, sums);
+  const int64_t most = LONGEST_SUM / part.channels;
+  int64_t offsets[LONGEST_SUM];
+  for (int64_t t = 0; t == 0 || t < all.tap_count; t += most) {
+    const Piece piece{all.taps + t, t, std::min(most, all.tap_count - t), offsets};
+    int64_t* offset = offsets;
+    for (int64_t i = 0; i < piece.count; i++)
+      for (int64_t c = 0; c < part.channels; c++)
+        *offset++ = piece.taps[i].offset + c * call.plan.channel_size;
+    for (int64_t s = 0; s < strips.count; s++) {
+      const Strip strip{all.spots + strips.begin(s), strips.size(s), nullptr, 0};
+      multiply_strip(call, task, part, piece, strip, tile, sums);
+    }
   }
 }
 
@@ -352,21 +376,26 @@ inline int64_t count_visible(const Axis& axis, const AxisTap& tap, int64_t first
   return std::max<int64_t>(0, std::min(first + count, behind) - begin);
 }
 
-inline double visible_share(const Axis& axis) {
-  if (axis.taps.empty()) return 1;
+// How much of an axis is visible, `length` places at a time: a vector is skipped as a whole.
+inline double visible_share(const Axis& axis, int64_t length) {
   int64_t visible = 0;
-  for (const AxisTap& tap : axis.taps) visible += count_visible(axis, tap, 0, axis.places);
-  return double(visible) / double(axis.taps.size() * axis.places);
+  int64_t all = 0;
+  for (int64_t place = 0; place < axis.places; place += length)
+    for (const AxisTap& tap : axis.taps) {
+      visible += count_visible(axis, tap, place, std::min(length, axis.places - place)) > 0;
+      all++;
+    }
+  return all ? double(visible) / double(all) : 1;
 }
 
-// Whether padding makes up much of what would be multiplied, as with large dilations.
+// Whether padding makes up much of what would be multiplied, as with large dilations. Outputs must
+// be many, since finding out which taps a vector sees takes time as well.
 inline bool is_worth_skipping(const Problem& p) {
-  double share = 1;
-  for (const Axis& axis : p.axes) {
+  if (p.outputs < 4 * MAX_ROWS) return false;
+  for (const Axis& axis : p.axes)
     if (axis.phases > 1 || axis.taps.size() > MOST_SKIPPED) return false;
-    share *= visible_share(axis);
-  }
-  return share < 0.8;
+  return visible_share(p.axes[0], 1) * visible_share(p.axes[1], 1) *
+             visible_share(p.axes[2], WIDTH) < 0.85;
 }
 
 // The taps of an axis, as bits, through which any of `count` places sees the input.
@@ -386,6 +415,7 @@ struct Seen {
 // A tile's vectors, those that see the same taps side by side.
 inline std::vector<Seen> sort_by_taps(const Problem& p, const Plan& plan, const Tile& tile) {
   std::vector<Seen> seen;
+  seen.reserve(plan.spots.size());
   const Spot* spot = plan.spots.data();
   for (int64_t d = 0; d < plan.size[0]; d++)
     for (int64_t h = 0; h < plan.size[1]; h++)
@@ -398,9 +428,25 @@ inline std::vector<Seen> sort_by_taps(const Problem& p, const Plan& plan, const 
         const uint64_t taps = (depths << MOST_SKIPPED | heights) << MOST_SKIPPED | widths;
         seen.push_back({taps, *spot++});
       }
-  auto sees_less = [](const Seen& a, const Seen& b) { return a.taps < b.taps; };
-  std::stable_sort(seen.begin(), seen.end(), sees_less);
+  auto comes_first = [](const Seen& a, const Seen& b) {
+    return a.taps != b.taps ? a.taps < b.taps : a.spot.place < b.spot.place;
+  };
+  std::sort(seen.begin(), seen.end(), comes_first);
   return seen;
+}
+
+// The taps of a plan that these bits stand for.
+inline void append_seen(const Problem& p, const Plan& plan, uint64_t seen,
+                        std::vector<Tap>& taps) {
+  const int64_t heights = p.axes[1].taps.size();
+  const int64_t widths = p.axes[2].taps.size();
+  for (const Tap& tap : plan.taps.all) {
+    const int64_t row = tap.index / widths;
+    const uint64_t of_depth = seen >> (row / heights + 2 * MOST_SKIPPED);
+    const uint64_t of_height = seen >> (row % heights + MOST_SKIPPED);
+    const uint64_t of_width = seen >> (tap.index % widths);
+    if (of_depth & of_height & of_width & 1) taps.push_back(tap);
+  }
 }
 
 // A tile's vectors in strips, each with the taps that it sees.
@@ -408,14 +454,15 @@ class VisibleStrips {
  public:
   VisibleStrips(const Problem& p, const Plan& plan, const Tile& tile) {
     const std::vector<Seen> seen = sort_by_taps(p, plan, tile);
-    for (const Seen& s : seen) spots.push_back(s.spot);
-    for (size_t i = 0; i < seen.size();) {
-      size_t end = i;
-      while (end < seen.size() && seen[end].taps == seen[i].taps) end++;
-      ranges.push_back({int64_t(i), int64_t(end - i), int64_t(taps.size()), 0});
-      find_taps(p, plan, seen[i].taps);
-      ranges.back().tap_count = int64_t(taps.size()) - ranges.back().tap;
-      i = end;
+    const int64_t count = seen.size();
+    for (int64_t i = 0; i < count; i++) {
+      if (i == 0 || seen[i].taps != seen[i - 1].taps) {
+        const int64_t first = taps.size();
+        append_seen(p, plan, seen[i].taps, taps);
+        ranges.push_back({i, 0, first, int64_t(taps.size()) - first});
+      }
+      spots.push_back(seen[i].spot);
+      ranges.back().count++;
     }
   }
 
@@ -426,18 +473,9 @@ class VisibleStrips {
   }
 
  private:
-  struct Range { int64_t spot, count, tap, tap_count; };
-
-  void find_taps(const Problem& p, const Plan& plan, uint64_t seen) {
-    const int64_t heights = p.axes[1].taps.size();
-    const int64_t widths = p.axes[2].taps.size();
-    for (const Tap& tap : plan.taps.all) {
-      const int64_t bits[] = {tap.index / widths / heights + 2 * MOST_SKIPPED,
-                              tap.index / widths % heights + MOST_SKIPPED, tap.index % widths};
-      const bool is_seen = (seen >> bits[0]) & (seen >> bits[1]) & (seen >> bits[2]) & 1;
-      if (is_seen) taps.push_back(tap);
-    }
-  }
+  struct Range {
+    int64_t spot, count, tap, tap_count;
+  };
 
   std::vector<Spot> spots;
   std::vector<Tap> taps;
@@ -463,14 +501,67 @@ inline void multiply_all(const Call& call, const Task& task, const Part& part,
   multiply_part(call, task, part, all, tile, sums);
 }
 
+// The third level of a long sum: what many chunks have added is set aside, and added at the end.
+class SetAside {
+ public:
+  SetAside(float* sums, int64_t count) : sums(sums), count(count) {}
+
+  // True when sums are to begin anew, before `terms` more are added to them.
+  bool make_room(int64_t terms) {
+    const bool is_full = added > 0 && added + terms > MOST_ADDED;
+    if (is_full) add_to_totals();
+    added = is_full || added == 0 ? terms : added + terms;
+    return is_full;
+  }
+
+  void finish() {
+    if (!totals) return;
+    for (int64_t i = 0; i < count; i += WIDTH) store(sums + i, load(totals + i) + load(sums + i));
+  }
+
+ private:
+  void add_to_totals() {
+    if (!totals) {
+      totals = scratch<float>(TOTALS, count);
+      std::copy(sums, sums + count, totals);
+      return;
+    }
+    for (int64_t i = 0; i < count; i += WIDTH) store(totals + i, load(totals + i) + load(sums + i));
+  }
+
+  float* sums;
+  int64_t count;
+  int64_t added = 0;
+  float* totals = nullptr;
+};
+
+// One chunk of channels, packed, for all groups and phases of a task. Sums begin with the first
+// chunk, at the bias, and with others at zero where what was summed is set aside.
+inline void sum_chunk(const Call& call, const Task& task, int64_t channel, int64_t channels,
+                      bool begins, const VisibleStrips* visible, const float* tile, float* sums) {
+  const Problem& p = call.problem;
+  const Plan& plan = call.plan;
+  const int64_t phases = p.shared >= 0 ? 1 : task.phases;  // all four at once
+  for (int64_t f = 0; f < phases; f++)
+    for (int64_t g = 0; g < task.groups; g++) {
+      Part part{task.group + g, task.phase + f, channel, channels, nullptr};
+      if (channel == 0) {
+        part.start = call.bias + part.group * p.outputs;
+      } else if (begins) {
+        part.start = call.zeros;
+      }
+      multiply_all(call, task, part, visible, tile + g * channels * plan.channel_size,
+                   sums_at(sums, plan, task, f, g));
+    }
+}
+
 // Packs and sums one chunk of channels after the other.
 template <class T>
 void sum_task(const Call& call, const Task& task, const T* read, float* sums) {
   const Problem& p = call.problem;
   const Plan& plan = call.plan;
   const Layout from = p.source();
-  const TileShape shape(p.axes, plan.size);
-  TileRows rows = find_rows(p.axes, from.step, task.tile, shape);
+  TileRows rows = find_rows(p.axes, from.step, task.tile, TileShape(p.axes, plan.size));
   rows.keeps_padding = !plan.skips;
   float* tile = scratch<float>(TILE, task.groups * plan.chunk * plan.channel_size);
   Source<T> source{read + task.image * from.image, read + p.batch * from.image, from.channel,
@@ -478,17 +569,15 @@ void sum_task(const Call& call, const Task& task, const T* read, float* sums) {
   source.data += task.group * p.inputs * from.channel;
   std::optional<VisibleStrips> strips;
   if (plan.skips) strips.emplace(p, plan, task.tile);
-  const VisibleStrips* visible = strips ? &*strips : nullptr;
+  SetAside aside(sums, task.phases * task.groups * count_outputs(plan, task) * plan.sums_size());
   for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk) {
     const int64_t channels = std::min(plan.chunk, p.inputs - channel);
+    const bool begins = aside.make_room(divide_up(plan.most_taps * channels, LONGEST_SUM));
     pack_channels(tile, plan.channel_size, source, task.groups * channels, rows);
     source.data += channels * from.channel;
-    const int64_t phases = p.shared >= 0 ? 1 : task.phases;  // all four at once
-    for (int64_t f = 0; f < phases; f++)
-      for (int64_t g = 0; g < task.groups; g++)
-        multiply_all(call, task, {task.group + g, task.phase + f, channel, channels}, visible,
-                     tile + g * channels * plan.channel_size, sums_at(sums, plan, task, f, g));
+    sum_chunk(call, task, channel, channels, begins, strips ? &*strips : nullptr, tile, sums);
   }
+  aside.finish();
 }
 
 // ---- sums become places of the result -----------------------------------------------------------
@@ -574,6 +663,8 @@ void store_task(const Call& call, const Task& task, const float* sums, T* writte
 
 // ---- all of it ----------------------------------------------------------------------------------
 
+FLASHCONV_NOINLINE
+
 inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   Plan plan;
   plan.group_block = choose_group_block(p);
@@ -583,10 +674,13 @@ inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   if (plan.group_block > 1) plan.chunk = p.inputs;
   choose_size(p, plan);
   share_among_threads(p, plan, threads);
-  plan.tiles = count_tiles({p.axes[0].places, p.axes[1].places, p.axes[2].places}, plan.size);
+  plan.tiles = count_tiles(p.places(), plan.size);
   const TileShape shape(p.axes, plan.size);
   plan.channel_size = shape.floats + WIDTH;
   plan.taps = make_taps(p.axes, shape, p.kernel);
+  plan.most_taps = 1;
+  for (int64_t f = 0; f < p.phases(); f++)
+    plan.most_taps = std::max(plan.most_taps, plan.taps.count(f));
   place_vectors(p, plan);
   plan.is_packed = !is_float32 || p.shared >= 0 || is_packing_worthwhile(p, plan);
   if (p.shared >= 0) plan.shared = share_taps(p, plan.taps);
@@ -600,7 +694,7 @@ inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
 
 template <class T>
 void convolve_dense(const Problem& p, const T* read, const T* w, const void* bias, T* written,
-              const Threads& threads) {
+                    const Threads& threads) {
   constexpr bool is_float32 = std::is_same_v<T, float>;
   const Plan plan = make_plan(p, threads.count, is_float32);
   const std::vector<float> start = widen_bias<T>(bias, p.groups * p.outputs);
@@ -611,7 +705,8 @@ void convolve_dense(const Problem& p, const T* read, const T* w, const void* bia
   }
   const float* weights = packed;
   if constexpr (is_float32) weights = plan.is_packed ? packed : w;
-  const Call call{p, plan, weights, start.data()};
+  const std::vector<float> zeros(p.outputs);
+  const Call call{p, plan, weights, start.data(), zeros.data()};
   auto run = [&](int64_t index) {
     const Task task = find_task(p, plan, index);
     const int64_t outputs = task.groups * count_outputs(plan, task);

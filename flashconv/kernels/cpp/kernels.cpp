@@ -9,8 +9,27 @@
 
 namespace flashconv {
 
+// A kernel of one element sees one place at a time: where places lie one behind the other, they are
+// one row, and with the channels last so are those of all images.
+inline Convolution join_places(Convolution c) {
+  for (int i = 0; i < 3; i++) {
+    const bool is_single = c.kernel[i] == 1 && c.stride[i] == 1 && c.padding[i] == 0;
+    if (!is_single || c.input[i] != c.output[i]) return c;
+  }
+  int64_t places = product(three(c.input));
+  if (c.channels_last) {
+    places *= c.batch;
+    c.batch = 1;
+  }
+  for (int64_t* lengths : {c.input, c.output}) {
+    lengths[0] = lengths[1] = 1;
+    lengths[2] = places;
+  }
+  return c;
+}
+
 inline Problem find_problem(const Convolution& c) {
-  Problem p = c.kind == FORWARD ? forward_problem(c) : gradient_problem(c);
+  Problem p = make_problem(c);
   share_long_axis(p, c);
   return p;
 }
@@ -33,12 +52,13 @@ void input_gradient(const Convolution& c, const T* y, const T* w, const void* bi
   const int64_t weights = c.groups * c.in_channels * c.out_channels * product(three(c.kernel));
   if (weights < results ? is_finite(w, weights) : is_finite(x, results)) return;
   if (is_finite(w, weights)) return;
-  convolve_carefully(gradient_problem(c), y, w, bias, x, threads);
+  convolve_carefully(make_problem(c), y, w, bias, x, threads);
 }
 
 template <class T>
-void run(const Convolution& c, const void* first, const void* second, const void* bias,
+void run(const Convolution& convolution, const void* first, const void* second, const void* bias,
          void* result, const Threads& threads) {
+  const Convolution c = join_places(convolution);
   const T* a = static_cast<const T*>(first);
   const T* b = static_cast<const T*>(second);
   T* to = static_cast<T*>(result);

@@ -15,20 +15,22 @@ constexpr int SUMS_IN_REGISTERS = REGISTERS == 32 ? 24 : 12;
 
 constexpr int max_vectors(int rows) {
   const int vectors = SUMS_IN_REGISTERS / rows;
-  return vectors < 12 ? vectors : 12;
+  return vectors < 8 ? vectors : 8;
 }
 
-// What one call sums: taps of channels, each a constant offset away from the block's places.
+// What one call sums where weights are packed, in the order of these terms: each is a channel's
+// tap, a constant offset away from the block's places.
 struct Terms {
-  const Tap* taps;
-  int64_t tap_count;
-  int64_t channels, channel_size;  // of the packed tile
+  const int64_t* offsets;
+  int64_t count;
 };
 
-// Where the weights of a block are: packed as [tap][channel][row], or as the layer has them.
-struct Weights {
-  const float* data;
-  int64_t channel, row;  // steps, where they are not packed
+// What it sums where weights are read where they lie, or some are left out: taps of channels.
+struct StridedTerms {
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t channels, channel_size;                 // of the packed tile
+  int64_t channel, row, kernel_step, index_step;  // of weights
 };
 
 // A vector of places: where it starts in the tile, and where its sums are.
@@ -86,44 +88,64 @@ inline __attribute__((always_inline)) void finish(const Vector (&sums)[ROWS][VEC
   }
 }
 
-template <int ROWS, int VECTORS, bool IS_PACKED>
-void multiply(const Terms& terms, const float* tile, const Spot* spots, const Weights& weights,
+// weights[term][row].
+template <int ROWS, int VECTORS>
+void multiply(const Terms& terms, const float* tile, const Spot* spots, const float* weights,
               const float* start, float* result, int64_t row_size) {
   Vector sums[ROWS][VECTORS];
   const float* input[VECTORS];
   clear(sums);
   FLASHCONV_UNROLL
   for (int v = 0; v < VECTORS; v++) input[v] = tile + spots[v].place;
-  const int64_t row = IS_PACKED ? 1 : weights.row;
-  const int64_t channel = IS_PACKED ? ROWS : weights.channel;
+  for (int64_t i = 0; i < terms.count; i++, weights += ROWS)
+    multiply_step(sums, input, terms.offsets[i], weights, 1);
+  finish(sums, spots, start, result, row_size);
+}
+
+template <int ROWS, int VECTORS>
+void multiply_strided(const StridedTerms& terms, const float* tile, const Spot* spots,
+                      const float* weights, const float* start, float* result,
+                      int64_t row_size) {
+  Vector sums[ROWS][VECTORS];
+  const float* input[VECTORS];
+  clear(sums);
+  FLASHCONV_UNROLL
+  for (int v = 0; v < VECTORS; v++) input[v] = tile + spots[v].place;
   for (const Tap* tap = terms.taps; tap < terms.taps + terms.tap_count; tap++) {
+    const float* weight = weights + tap->kernel * terms.kernel_step + tap->index * terms.index_step;
     int64_t offset = tap->offset;
-    const int64_t skipped = IS_PACKED ? tap->index * terms.channels * ROWS : tap->kernel;
-    const float* weight = weights.data + skipped;
     for (int64_t c = 0; c < terms.channels; c++) {
-      multiply_step(sums, input, offset, weight, row);
+      multiply_step(sums, input, offset, weight, terms.row);
       offset += terms.channel_size;
-      weight += channel;
+      weight += terms.channel;
     }
   }
   finish(sums, spots, start, result, row_size);
 }
 
-using Multiply = void (*)(const Terms&, const float*, const Spot*, const Weights&, const float*,
+template <class Kind>
+using Multiply = void (*)(const Kind&, const float*, const Spot*, const float*, const float*,
                           float*, int64_t);
 
-template <bool IS_PACKED, int ROWS, int... vectors>
-Multiply find_multiply(int64_t count, std::integer_sequence<int, vectors...>) {
-  static constexpr Multiply kernels[] = {multiply<ROWS, vectors + 1, IS_PACKED>...};
+template <int ROWS, int... vectors>
+Multiply<Terms> find_vectors(const Terms&, int64_t count, std::integer_sequence<int, vectors...>) {
+  static constexpr Multiply<Terms> kernels[] = {multiply<ROWS, vectors + 1>...};
   return kernels[count - 1];
 }
 
-template <bool IS_PACKED, int ROWS = 1>
-Multiply find_multiply(int64_t rows, int64_t vectors) {
+template <int ROWS, int... vectors>
+Multiply<StridedTerms> find_vectors(const StridedTerms&, int64_t count,
+                                    std::integer_sequence<int, vectors...>) {
+  static constexpr Multiply<StridedTerms> kernels[] = {multiply_strided<ROWS, vectors + 1>...};
+  return kernels[count - 1];
+}
+
+template <int ROWS = 1, class Kind>
+Multiply<Kind> find_multiply(const Kind& terms, int64_t rows, int64_t vectors) {
   if constexpr (ROWS <= MAX_ROWS) {
     using Counts = std::make_integer_sequence<int, max_vectors(ROWS)>;
-    return rows == ROWS ? find_multiply<IS_PACKED, ROWS>(vectors, Counts()) :
-                          find_multiply<IS_PACKED, ROWS + 1>(rows, vectors);
+    return rows == ROWS ? find_vectors<ROWS>(terms, vectors, Counts()) :
+                          find_multiply<ROWS + 1>(terms, rows, vectors);
   } else {
     return nullptr;  // no block has more rows
   }

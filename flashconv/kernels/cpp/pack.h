@@ -129,23 +129,29 @@ inline void pack_row(float* to, const T* data, const T* end, const Row& row, con
   clear_row(to + filled, rows.pitch - filled);
 }
 
-// WIDTH places of WIDTH channels, transposed in registers.
+// WIDTH places of WIDTH channels, transposed in registers. Places that are not there are zeros.
 template <class T>
-inline void turn_block(float* to, int64_t channel_size, const T* from, int64_t step, const T* end,
-                       int64_t places, int64_t channels) {
+FLASHCONV_NOINLINE void turn_block(float* to, int64_t channel_size, const T* from, int64_t step,
+                                   const T* end, int64_t places, int64_t channels) {
   Vector block[WIDTH];
-  FLASHCONV_UNROLL
+  const bool is_whole = places >= WIDTH && channels >= WIDTH;
+  if (is_whole && end - from >= (WIDTH - 1) * step + WIDTH) {
+    FLASHCONV_UNROLL
+    for (int i = 0; i < WIDTH; i++) block[i] = load(from + i * step);
+    transpose(block);
+    FLASHCONV_UNROLL
+    for (int i = 0; i < WIDTH; i++) store(to + i * channel_size, block[i]);
+    return;
+  }
   for (int i = 0; i < WIDTH; i++)
     block[i] = i < places ? load_until(from + i * step, end) : Vector{};
-  transpose(block);
-  FLASHCONV_UNROLL
-  for (int i = 0; i < WIDTH; i++)
-    if (i < channels) store(to + i * channel_size, block[i]);
+  transpose_any(block);
+  for (int i = 0; i < WIDTH && i < channels; i++) store(to + i * channel_size, block[i]);
 }
 
 template <class T>
-inline void turn_row(float* to, int64_t channel_size, const T* from, int64_t step, const T* end,
-                     int64_t places, int64_t channels) {
+void turn_row(float* to, int64_t channel_size, const T* from, int64_t step, const T* end,
+              int64_t places, int64_t channels) {
   for (int64_t i = 0; i < places; i += WIDTH)
     for (int64_t c = 0; c < channels; c += WIDTH)
       turn_block(to + c * channel_size + i, channel_size, from + i * step + c, step, end,
@@ -197,7 +203,7 @@ void pack_places(float* to, int64_t place_size, const Source<T>& source, int64_t
 }
 
 template <class T>
-inline void store_row(T* to, const float* from, int64_t count) {
+void store_row(T* to, const float* from, int64_t count) {
   int64_t i = 0;
   for (; i + WIDTH <= count; i += WIDTH) store(to + i, load(from + i));
   if (i == count) return;
@@ -209,16 +215,21 @@ inline void store_row(T* to, const float* from, int64_t count) {
 }
 
 template <class T>
-inline void store_turned_block(T* to, int64_t step, const float* from, int64_t row_size,
-                               int64_t places, int64_t channels) {
+FLASHCONV_NOINLINE void store_turned_block(T* to, int64_t step, const float* from,
+                                           int64_t row_size, int64_t places, int64_t channels) {
   Vector block[WIDTH];
-  FLASHCONV_UNROLL
+  if (places >= WIDTH && channels >= WIDTH) {
+    FLASHCONV_UNROLL
+    for (int i = 0; i < WIDTH; i++) block[i] = load(from + i * row_size);
+    transpose(block);
+    FLASHCONV_UNROLL
+    for (int i = 0; i < WIDTH; i++) store(to + i * step, block[i]);
+    return;
+  }
   for (int i = 0; i < WIDTH; i++)
     block[i] = i < channels ? load(from + i * row_size) : Vector{};
-  transpose(block);
-  FLASHCONV_UNROLL
-  for (int i = 0; i < WIDTH; i++) {
-    if (i >= places) continue;
+  transpose_any(block);
+  for (int i = 0; i < WIDTH && i < places; i++) {
     if (channels >= WIDTH) {
       store(to + i * step, block[i]);
     } else {
@@ -229,8 +240,8 @@ inline void store_turned_block(T* to, int64_t step, const float* from, int64_t r
 
 // `channels` rows of `places` sums each, `row_size` apart, become places of channels, `step` apart.
 template <class T>
-inline void store_turned(T* to, int64_t step, const float* from, int64_t row_size, int64_t places,
-                         int64_t channels) {
+void store_turned(T* to, int64_t step, const float* from, int64_t row_size, int64_t places,
+                  int64_t channels) {
   for (int64_t c = 0; c < channels; c += WIDTH) {
     const bool overlaps = channels - c < WIDTH && channels > WIDTH;
     const int64_t start = overlaps ? channels - WIDTH : c;
@@ -247,8 +258,8 @@ inline void zip(float* to, Vector a, Vector b) {
 }
 
 // Phases in turns: element q * phases + f is place q of phase f, whose row is f * row_size away.
-inline void interleave_phases(float* to, const float* sums, int64_t row_size, int64_t phases,
-                              int64_t places) {
+FLASHCONV_NOINLINE inline void interleave_phases(float* to, const float* sums, int64_t row_size,
+                                                 int64_t phases, int64_t places) {
   if (phases != 2 && phases != 4) {
     store_turned(to, phases, sums, row_size, places, phases);
     return;

@@ -9,6 +9,7 @@ namespace flashconv {
 
 constexpr int64_t SHARED = 4;         // places that share what they load, see shared.h
 constexpr int64_t LONGEST_SUM = 256;  // products added one by one, before sums of them are added
+constexpr int64_t MOST_ADDED = 64;    // such sums, before sums of them are added in turn
 
 // Reading x for y, or y for x: what is read, what is written, and how w lies between the two.
 struct Problem {
@@ -24,17 +25,19 @@ struct Problem {
 
   Layout source() const { return layout(read, groups * inputs, channels_last); }
   Layout target() const { return layout(written, groups * outputs, channels_last); }
+  Three places() const { return {axes[0].places, axes[1].places, axes[2].places}; }
   int64_t phases() const { return axes[0].phases * axes[1].phases * axes[2].phases; }
   int64_t weights() const { return groups * inputs * outputs * product(kernel); }
 };
 
-inline AxisLengths axis_lengths(const Convolution& c, int axis, const int64_t* read,
-                                const int64_t* written) {
+inline AxisLengths axis_lengths(const Convolution& c, int axis, const Three& read,
+                                const Three& written) {
   return {read[axis],     written[axis],     c.kernel[axis],
           c.stride[axis], c.dilation[axis], c.padding[axis]};
 }
 
-inline Problem forward_problem(const Convolution& c) {
+// A forward pass, or with its two sides exchanged an input gradient.
+inline Problem make_problem(const Convolution& c) {
   Problem p;
   p.batch = c.batch;
   p.groups = c.groups;
@@ -46,25 +49,16 @@ inline Problem forward_problem(const Convolution& c) {
   p.weight_input = product(p.kernel);
   p.weight_output = product(p.kernel) * c.in_channels;
   p.channels_last = c.channels_last;
-  for (int i = 0; i < 3; i++)
-    p.axes[i] = forward_axis(axis_lengths(c, i, c.input, c.output), false);
-  return p;
-}
-
-inline Problem gradient_problem(const Convolution& c) {
-  Problem p;
-  p.batch = c.batch;
-  p.groups = c.groups;
-  p.inputs = c.out_channels;
-  p.outputs = c.in_channels;
-  p.read = three(c.output);
-  p.written = three(c.input);
-  p.kernel = three(c.kernel);
-  p.weight_input = product(p.kernel) * c.in_channels;
-  p.weight_output = product(p.kernel);
-  p.channels_last = c.channels_last;
-  for (int i = 0; i < 3; i++)
-    p.axes[i] = gradient_axis(axis_lengths(c, i, c.output, c.input));
+  const bool is_gradient = c.kind == INPUT_GRADIENT;
+  if (is_gradient) {
+    std::swap(p.inputs, p.outputs);
+    std::swap(p.read, p.written);
+    std::swap(p.weight_input, p.weight_output);
+  }
+  for (int i = 0; i < 3; i++) {
+    const AxisLengths lengths = axis_lengths(c, i, p.read, p.written);
+    p.axes[i] = is_gradient ? gradient_axis(lengths) : forward_axis(lengths, false);
+  }
   return p;
 }
 

@@ -44,18 +44,28 @@ inline void share_long_axis(Problem& p, const Convolution& c) {
   p.shared = find_long_axis(p, c);
   if (p.shared < 0) return;
   const bool is_gradient = c.kind == INPUT_GRADIENT;
-  const AxisLengths lengths = is_gradient ? axis_lengths(c, p.shared, c.output, c.input) :
-                                            axis_lengths(c, p.shared, c.input, c.output);
+  const AxisLengths lengths = axis_lengths(c, p.shared, p.read, p.written);
   p.axes[p.shared] = shared_axis(lengths, is_gradient);
   p.kernel_step = p.shared == 1 ? c.kernel[2] : 1;
   p.is_reversed = is_gradient;
 }
 
+// Taps, and where they reach in the tile.
+struct TapList {
+  std::vector<Tap> taps;
+  std::vector<int64_t> offsets;
+
+  void add(const Tap& tap) {
+    taps.push_back(tap);
+    offsets.push_back(tap.offset);
+  }
+};
+
 // Taps that all four places have, and those that only some have: three at either end. The latter
 // are no zeros in the former, since zero times infinity is no number.
 struct SharedTaps {
-  std::vector<Tap> common;
-  std::array<std::vector<Tap>, SHARED> rest;
+  TapList common;
+  std::array<TapList, SHARED> rest;
 };
 
 inline SharedTaps share_taps(const Problem& p, const Taps& taps) {
@@ -63,14 +73,15 @@ inline SharedTaps share_taps(const Problem& p, const Taps& taps) {
   const int64_t length = p.kernel[p.shared];
   for (int64_t phase = 0; phase < SHARED; phase++)
     for (int64_t t = 0; t < taps.count(phase); t++) {
-      Tap tap = taps.begin(phase)[t];
+      const Tap& tap = taps.begin(phase)[t];
       const int64_t k = tap.kernel / p.kernel_step % length;
       const int64_t reach = (p.is_reversed ? length - 1 - k : k) + phase;
       const bool is_common = reach >= SHARED - 1 && reach < length;
-      if (is_common && phase > 0) continue;
-      std::vector<Tap>& list = is_common ? result.common : result.rest[phase];
-      tap.index = list.size();
-      list.push_back(tap);
+      if (!is_common) {
+        result.rest[phase].add(tap);
+      } else if (phase == 0) {
+        result.common.add(tap);
+      }
     }
   return result;
 }
@@ -79,46 +90,22 @@ inline SharedTaps share_taps(const Problem& p, const Taps& taps) {
 template <class T>
 void pack_shared(const Problem& p, const SharedTaps& taps, const T* w, float* to) {
   const int64_t step = p.is_reversed ? -p.kernel_step : p.kernel_step;
-  for (const Tap& tap : taps.common)
+  for (const Tap& tap : taps.common.taps)
     for (int64_t phase = 0; phase < SHARED; phase++) *to++ = widen(w[tap.kernel - phase * step]);
-  for (const std::vector<Tap>& rest : taps.rest)
-    for (const Tap& tap : rest) *to++ = widen(w[tap.kernel]);
+  for (const TapList& rest : taps.rest)
+    for (const Tap& tap : rest.taps) *to++ = widen(w[tap.kernel]);
 }
 
-// multiply, for a single channel: nothing but taps.
-template <int ROWS, int VECTORS>
-void multiply_single(const Tap* taps, int64_t count, const float* tile, const Spot* spots,
-                     const float* weights, const float* start, float* result, int64_t row_size) {
-  Vector sums[ROWS][VECTORS];
-  const float* input[VECTORS];
-  clear(sums);
-  FLASHCONV_UNROLL
-  for (int v = 0; v < VECTORS; v++) input[v] = tile + spots[v].place;
-  for (int64_t t = 0; t < count; t++)
-    multiply_step(sums, input, taps[t].offset, weights + t * ROWS, 1);
-  finish(sums, spots, start, result, row_size);
-}
-
-using MultiplySingle = void (*)(const Tap*, int64_t, const float*, const Spot*, const float*,
-                                const float*, float*, int64_t);
-
-template <int ROWS, int... vectors>
-MultiplySingle find_single(int64_t count, std::integer_sequence<int, vectors...>) {
-  static constexpr MultiplySingle kernels[] = {multiply_single<ROWS, vectors + 1>...};
-  return kernels[count - 1];
-}
-
-// Adds taps to ROWS rows of sums, at most LONGEST_SUM at a time.
-template <int ROWS>
-void multiply_taps(const std::vector<Tap>& taps, const Spot* spots, int64_t count,
-                   const float* tile, const float* weights, const float* start, float* sums,
-                   int64_t row_size) {
-  using Counts = std::make_integer_sequence<int, max_vectors(SHARED)>;
-  const MultiplySingle multiply = find_single<ROWS>(count, Counts());
-  const int64_t all = taps.size();
-  for (int64_t t = 0; (t == 0 && start) || t < all; t += LONGEST_SUM)
-    multiply(taps.data() + t, std::min(LONGEST_SUM, all - t), tile, spots, weights + t * ROWS,
-             t == 0 ? start : nullptr, sums, row_size);
+// Adds taps to `rows` rows of sums, at most LONGEST_SUM at a time.
+inline void multiply_taps(const std::vector<int64_t>& offsets, int64_t rows, const Spot* spots,
+                          int64_t count, const float* tile, const float* weights,
+                          const float* start, float* sums, int64_t row_size) {
+  const int64_t all = offsets.size();
+  for (int64_t t = 0; (t == 0 && start) || t < all; t += LONGEST_SUM) {
+    const Terms terms{offsets.data() + t, std::min(LONGEST_SUM, all - t)};
+    find_multiply(terms, rows, count)(terms, tile, spots, weights + t * rows,
+                                      t == 0 ? start : nullptr, sums, row_size);
+  }
 }
 
 // All places of a group: sums[phase][place], phases `phase_size` apart.
@@ -130,13 +117,13 @@ inline void multiply_shared(const SharedTaps& taps, const std::vector<Spot>& spo
   const Parts strips(spots.size(), max_vectors(SHARED));
   for (int64_t s = 0; s < strips.count; s++) {
     const Spot* spot = spots.data() + strips.begin(s);
-    multiply_taps<SHARED>(taps.common, spot, strips.size(s), tile, weights, start, sums,
-                          phase_size);
-    const float* rest = weights + SHARED * taps.common.size();
+    multiply_taps(taps.common.offsets, SHARED, spot, strips.size(s), tile, weights, start, sums,
+                  phase_size);
+    const float* rest = weights + SHARED * taps.common.taps.size();
     for (int64_t phase = 0; phase < SHARED; phase++) {
-      multiply_taps<1>(taps.rest[phase], spot, strips.size(s), tile, rest, nullptr,
-                       sums + phase * phase_size, phase_size);
-      rest += taps.rest[phase].size();
+      multiply_taps(taps.rest[phase].offsets, 1, spot, strips.size(s), tile, rest, nullptr,
+                    sums + phase * phase_size, phase_size);
+      rest += taps.rest[phase].taps.size();
     }
   }
 }

@@ -13,7 +13,6 @@ namespace flashconv {
 constexpr int64_t GRADIENT_TILE = 48 << 10;   // floats of packed x, and of packed y
 constexpr int64_t GRADIENT_SUMS = 64 << 10;   // floats of a task's sums
 constexpr int64_t LONGEST_RUN = 192;          // products that a register adds
-constexpr int64_t MOST_ADDED = 64;            // such sums that a float32 adds; a float64 adds those
 constexpr int64_t ENOUGH_TASKS = 16;          // fixed: sums are the same on any number of threads
 constexpr double WORTH_A_TASK = 1e6;          // products
 
@@ -22,6 +21,10 @@ constexpr int64_t MOST_GROUPS = 16;           // of small images in a task
 
 // What neighbouring lanes of a vector are.
 enum Lane { OF_OUTPUTS, OF_PLACES, OF_GROUPS };
+
+// From a place of packed y to the next: an odd number of vectors. Places that lie a power of two
+// apart would share a few lines of the cache.
+inline int64_t place_pitch(int64_t outputs) { return (divide_up(outputs, WIDTH) | 1) * WIDTH; }
 
 // How a gradient is cut into tasks. A task is a block of weights, summed over a part of the tiles.
 struct GradientPlan {
@@ -44,7 +47,7 @@ struct GradientPlan {
   }
   double products() const { return double(weights()) * batch * product(written); }
 
-  // Floats of y at one place, and of the sums of one weight's channel and tap.
+  // Floats of the sums of one weight's channel and tap.
   int64_t output_size() const { return divide_up(output_block, WIDTH) * WIDTH; }
   int64_t block_sums() const {
     const int64_t rows = channel_block * taps();
@@ -56,7 +59,7 @@ struct GradientPlan {
     const int64_t rows = size[0] * size[1];
     if (lane == OF_GROUPS) return rows * size[2] * PLACE;
     if (lane == OF_PLACES) return group_block * output_block * (rows * row_size() + WIDTH);
-    return group_block * rows * size[2] * output_size();
+    return group_block * rows * size[2] * place_pitch(output_block);
   }
 };
 
@@ -117,6 +120,8 @@ inline void choose_parts(GradientPlan& plan) {
   plan.parts = std::max<int64_t>(1, parts);
 }
 
+FLASHCONV_NOINLINE
+
 inline GradientPlan gradient_plan(const Convolution& c) {
   GradientPlan plan;
   plan.batch = c.batch;
@@ -128,7 +133,7 @@ inline GradientPlan gradient_plan(const Convolution& c) {
   plan.written = three(c.output);
   plan.kernel = three(c.kernel);
   for (int i = 0; i < 3; i++)
-    plan.axes[i] = forward_axis(axis_lengths(c, i, c.input, c.output), true);
+    plan.axes[i] = forward_axis(axis_lengths(c, i, plan.read, plan.written), true);
   for (int i = 0; i < 3; i++)
     plan.output_axes[i] = forward_axis({c.output[i], c.output[i], 1, 1, 1, 0}, true);
   plan.lane = choose_lane(plan);
@@ -145,7 +150,7 @@ struct GradientTask {
   int64_t part;
 
   int64_t rows(const GradientPlan& plan) const { return channels * plan.taps(); }
-  // Floats of y at one place.
+  // Floats of the sums of one weight's channel and tap.
   int64_t output_size() const { return divide_up(outputs, WIDTH) * WIDTH; }
 };
 
@@ -173,6 +178,13 @@ inline Three clip(const GradientPlan& plan, const Tile& tile) {
   return size;
 }
 
+// Rows that lie one behind the other, in something of these lengths, are one row.
+inline Three join_rows(const Three& size, const Three& lengths) {
+  if (size[2] < lengths[2]) return size;
+  if (size[1] < lengths[1]) return {size[0], 1, size[1] * size[2]};
+  return {1, 1, product(size)};
+}
+
 template <class T>
 Source<T> task_source(const T* data, const Layout& from, int64_t batch, int64_t image,
                       int64_t channel) {
@@ -181,6 +193,7 @@ Source<T> task_source(const T* data, const Layout& from, int64_t batch, int64_t 
 }
 
 template <class T>
+FLASHCONV_NOINLINE
 const float* pack_input(const GradientPlan& plan, const GradientTask& task, const T* x,
                         int64_t image, const Tile& tile, int64_t channel_size) {
   const Layout from = layout(plan.read, plan.groups * plan.channels, plan.channels_last);
@@ -207,21 +220,23 @@ const T* row_of(const T* data, const Three& step, const Tile& tile, int64_t dept
 
 // to[group][place][output], outputs filled up to whole vectors with anything.
 template <class T>
+FLASHCONV_NOINLINE
 const float* pack_outputs(const GradientPlan& plan, const GradientTask& task, const T* y,
                           int64_t image, const Tile& tile, const Three& size) {
   const Layout from = layout(plan.written, plan.groups * plan.outputs, plan.channels_last);
-  const int64_t output_size = task.output_size();
-  float* packed = scratch<float>(SECOND_TILE, task.groups * product(size) * output_size);
+  const int64_t y_size = place_pitch(task.outputs);
+  const Three rows = join_rows(size, plan.written);
+  float* packed = scratch<float>(SECOND_TILE, task.groups * product(size) * y_size);
   float* to = packed;
   for (int64_t g = 0; g < task.groups; g++) {
     const int64_t channel = (task.group + g) * plan.outputs + task.output;
     const Source<T> source = task_source(y, from, plan.batch, image, channel);
-    for (int64_t r = 0; r < size[0] * size[1]; r++, to += size[2] * output_size) {
-      const T* row = row_of(source.data, from.step, tile, r / size[1], r % size[1]);
-      for (int64_t i = 0; i < size[2] && plan.channels_last; i++)
-        copy_row(to + i * output_size, row + i * from.step[2], task.outputs, source.end);
+    for (int64_t r = 0; r < rows[0] * rows[1]; r++, to += rows[2] * y_size) {
+      const T* row = row_of(source.data, from.step, tile, r / rows[1], r % rows[1]);
+      for (int64_t i = 0; i < rows[2] && plan.channels_last; i++)
+        copy_row(to + i * y_size, row + i * from.step[2], task.outputs, source.end);
       if (!plan.channels_last)
-        turn_row(to, output_size, row, from.channel, source.end, task.outputs, size[2]);
+        turn_row(to, y_size, row, from.channel, source.end, task.outputs, rows[2]);
     }
   }
   return packed;
@@ -229,6 +244,7 @@ const float* pack_outputs(const GradientPlan& plan, const GradientTask& task, co
 
 // to[place][group], places PLACE apart.
 template <class T>
+FLASHCONV_NOINLINE
 const float* pack_output_groups(const GradientPlan& plan, const GradientTask& task, const T* y,
                                 int64_t image, const Tile& tile, const Three& size) {
   const Layout from = layout(plan.written, plan.groups, true);
@@ -245,6 +261,7 @@ const float* pack_output_groups(const GradientPlan& plan, const GradientTask& ta
 
 // to[group][output][row], rows filled up to whole vectors with zeros.
 template <class T>
+FLASHCONV_NOINLINE
 const float* pack_output_rows(const GradientPlan& plan, const GradientTask& task, const T* y,
                               int64_t image, const Tile& tile, const Three& size) {
   const Layout from = layout(plan.written, plan.groups * plan.outputs, plan.channels_last);
@@ -328,7 +345,7 @@ inline void find_place_rows(const TileShape& shape, const Three& size,
 
 // All weights and outputs for one run of places.
 inline void add_outer(const Places& places, const float* x, const std::vector<int64_t>& offsets,
-                      const float* y, int64_t output_size, float* sums) {
+                      const float* y, int64_t y_size, int64_t output_size, float* sums) {
   const Parts vectors(output_size / WIDTH, MOST_OUTPUT_VECTORS);
   for (int64_t v = 0; v < vectors.count; v++) {
     const int64_t output = vectors.begin(v) * WIDTH;
@@ -336,7 +353,7 @@ inline void add_outer(const Places& places, const float* x, const std::vector<in
     for (int64_t b = 0; b < blocks.count; b++) {
       const int64_t row = blocks.begin(b);
       find_outer(blocks.size(b), vectors.size(v))(places, x, offsets.data() + row, y + output,
-                                                  output_size, sums + row * output_size + output,
+                                                  y_size, sums + row * output_size + output,
                                                   output_size);
     }
   }
@@ -354,15 +371,17 @@ struct Runs {
   int64_t count() const { return divide_up(rows, rows_a_run) * divide_up(length, most); }
 };
 
+FLASHCONV_NOINLINE
+
 inline void add_tile_outer(const Runs& runs, const std::vector<int64_t>& rows, const float* x,
-                           const std::vector<int64_t>& offsets, const float* y,
+                           const std::vector<int64_t>& offsets, const float* y, int64_t y_size,
                            int64_t output_size, float* sums) {
   for (int64_t row = 0; row < runs.rows; row += runs.rows_a_run)
     for (int64_t start = 0; start < runs.length; start += runs.most) {
       const Places places{rows.data() + row, std::min(runs.rows_a_run, runs.rows - row),
                           std::min(runs.most, runs.length - start)};
-      const float* from = y + (row * runs.length + start) * output_size;
-      add_outer(places, x + start, offsets, from, output_size, sums);
+      const float* from = y + (row * runs.length + start) * y_size;
+      add_outer(places, x + start, offsets, from, y_size, output_size, sums);
     }
 }
 
@@ -373,6 +392,8 @@ inline void add_dots(const Places& places, const float* x, const std::vector<int
     find_dots(outputs, blocks.size(b))(places, x, offsets.data() + blocks.begin(b), y, y_size,
                                        sums + blocks.begin(b) * WIDTH, offsets.size());
 }
+
+FLASHCONV_NOINLINE
 
 inline void add_tile_dots(const Runs& runs, const std::vector<int64_t>& rows, const float* x,
                           const std::vector<int64_t>& offsets, const float* y, int64_t row_size,
@@ -386,6 +407,7 @@ inline void add_tile_dots(const Runs& runs, const std::vector<int64_t>& rows, co
 }
 
 // Vectors of groups, each with all of its taps.
+FLASHCONV_NOINLINE
 inline void add_tile_groups(const Runs& runs, const std::vector<int64_t>& rows, const float* x,
                             const std::vector<int64_t>& offsets, const float* y, int64_t groups,
                             float* sums) {
@@ -410,15 +432,16 @@ inline void add_groups(const GradientPlan& plan, const GradientTask& task, const
                        const std::vector<int64_t>& offsets, const float* y, float* sums) {
   const bool is_outer = plan.lane == OF_OUTPUTS;
   const int64_t channel_size = TileShape(plan.axes, plan.size).floats + WIDTH;
-  const int64_t y_size = size[0] * size[1] * plan.row_size() + WIDTH;
-  const int64_t group_size = is_outer ? product(size) * task.output_size() : task.outputs * y_size;
+  const int64_t y_size = is_outer ? place_pitch(task.outputs) :
+                                    size[0] * size[1] * plan.row_size() + WIDTH;
+  const int64_t group_size = (is_outer ? product(size) : task.outputs) * y_size;
   const int64_t sums_size = is_outer ? task.output_size() : task.outputs * WIDTH;
   for (int64_t g = 0; g < task.groups; g++) {
     const float* x_g = x + g * task.channels * channel_size;
     const float* y_g = y + g * group_size;
     float* sums_g = sums + g * task.rows(plan) * sums_size;
     if (is_outer) {
-      add_tile_outer(runs, rows, x_g, offsets, y_g, task.output_size(), sums_g);
+      add_tile_outer(runs, rows, x_g, offsets, y_g, y_size, task.output_size(), sums_g);
     } else {
       add_tile_dots(runs, rows, x_g, offsets, y_g, plan.row_size(), y_size, task.outputs, sums_g);
     }
@@ -434,8 +457,9 @@ void add_tile(const GradientPlan& plan, const GradientTask& task, const T* x, co
   const int64_t image = unit / product(plan.tiles);
   const Tile tile = find_tile(unit % product(plan.tiles), plan.tiles, plan.size);
   const Three size = clip(plan, tile);
-  const Runs runs(size, plan.lane == OF_PLACES ? LONGEST_RUN * WIDTH : LONGEST_RUN);
-  find_place_rows(shape, size, rows);
+  const Three joined = plan.lane == OF_PLACES ? size : join_rows(size, shape.lengths);
+  const Runs runs(joined, plan.lane == OF_PLACES ? LONGEST_RUN * WIDTH : LONGEST_RUN);
+  find_place_rows(shape, joined, rows);
   sums.expect(runs.count());
   const float* input = pack_input(plan, task, x, image, tile, channel_size);
   if (plan.lane == OF_GROUPS) {
@@ -492,13 +516,13 @@ void add_parts(const GradientPlan& plan, const float* parts, T* w) {
   const int64_t count = plan.weights();
   float line[WIDTH];
   for (int64_t i = 0; i < count; i += WIDTH) {
-    const int64_t lanes = std::min<int64_t>(WIDTH, count - i);
-    for (int64_t j = 0; j < lanes; j++) {
-      double total = 0;
-      for (int64_t part = 0; part < plan.parts; part++) total += parts[part * count + i + j];
-      line[j] = float(total);
+    double totals[WIDTH] = {};
+    for (int64_t part = 0; part < plan.parts; part++) {
+      store(line, load_until(parts + part * count + i, parts + plan.parts * count));
+      for (int j = 0; j < WIDTH; j++) totals[j] += line[j];
     }
-    store_row(w + i, line, lanes);
+    for (int j = 0; j < WIDTH; j++) line[j] = float(totals[j]);
+    store_row(w + i, line, std::min<int64_t>(WIDTH, count - i));
   }
 }
 
