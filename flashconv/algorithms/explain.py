@@ -16,13 +16,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from . import choice, derivatives
-from .fft import spectrum_flops, spectrum_values
-from .matmul import column_bytes
-from .mec import strip_bytes
-from .places import row_values
-from .tiles import WHOLE
+from .fft import spectrum_flops
 from ..arithmetic import as_ints, check_limit
-from ..kernels import primitive
 
 # %% ../../nbs/algorithms/explain.ipynb #7d10d722
 class Run(NamedTuple):
@@ -60,38 +55,21 @@ def _watched(call, *args):
 def _runs(part, call): return [_run(part, *each) for each in _watched(call)]
 
 # %% ../../nbs/algorithms/explain.ipynb #a7a37c45
+_RECORDS = choice.ALGORITHMS | choice.FOR_WEIGHTS
+
 def _run(part, name, why, x, w, g):
     "What there is to say about one convolution."
-    size, channels = max(4, x.itemsize), x.shape[g.channel_axis]
-    out, n_taps, values = prod(g.output_shape), prod(g.kernel_size), x.size // channels
-    column = column_bytes(g, channels, size)
-    if name == "kernel": return _kernel_run(part, why, x, w, g)
-    written = dict(native=column, matmul=column, taps=n_taps * out * size,
-                   places=row_values(g, w.shape) * size,
-                   mec=strip_bytes(g, x.shape, len(w), size),
-                   overlap_add=n_taps * values * w.shape[1] * g.groups * size,
-                   fft=8 * spectrum_values(g, w.shape))[name]
-    places = values if g.transposed else out // len(w)
+    out = prod(g.output_shape)
+    steps = x.size // x.shape[g.channel_axis] if g.transposed else out // len(w)
     arrays = x.nbytes + w.nbytes + out * x.itemsize
-    return Run(part, name, why, 2 * places * w.size, arrays,
-               min(written, 2 * WHOLE) + arrays if written else 0,
-               spectrum_flops(g, w.shape) if _waits_for_fft(name, x, w, g) else 0)
+    held = _RECORDS[name].held(choice.call_of(g, w.shape, x.dtype), arrays)
+    flops = spectrum_flops(g, w.shape) if _waits_for_fft(part, name, x, w, g) else 0
+    return Run(part, name, why, 2 * steps * w.size, arrays, held, flops)
 
-def _waits_for_fft(name, x, w, g):
-    if name == "fft": return False
+def _waits_for_fft(part, name, x, w, g):
+    if name not in choice.ALGORITHMS or name == "fft": return False
+    if name == "kernel" and part != "forward": return False  # with a geometry that is not its own
     with choice.allow_fft(): return choice.choose(g, w.shape, x.dtype)[0] == "fft"
-
-# %% ../../nbs/algorithms/explain.ipynb #9e15dc97
-_THREAD_BYTES = 2 * 2**20  # that kernels hold in each thread
-
-def _kernel_run(part, why, x, w, g):
-    "The same for kernels, which copy the weight, and parts of the other arrays."
-    places = (x.size // x.shape[g.channel_axis] if g.transposed else prod(g.output_shape) // len(w))
-    arrays = x.nbytes + w.nbytes + prod(g.output_shape) * x.itemsize
-    waits = part == "forward" and _waits_for_fft("kernel", x, w, g)
-    return Run(part, "kernel", why, 2 * places * w.size, arrays,
-               4 * w.size + _THREAD_BYTES * primitive.info().threads,
-               spectrum_flops(g, w.shape) if waits else 0)
 
 # %% ../../nbs/algorithms/explain.ipynb #14e4338a
 class Explanation(tuple):
@@ -118,11 +96,11 @@ def explain(
     """
     runs = []
     for name, why, x, w, g in _watched(call, mx.zeros(_shape(call, input_shape, dtype), dtype)):
-        y = mx.zeros(g.output_shape, dtype)
         runs += [_run("forward", name, why, x, w, g)]
         if name == "kernel":  # its derivatives are its own
             runs += [_run(f"{of} gradient", name, why, x, w, g) for of in ("input", "weight")]
             continue
+        y = mx.zeros(g.output_shape, dtype)
         runs += _runs("input gradient", partial(derivatives.input_gradient, y, w, g, x.shape))
         runs += _runs("weight gradient", partial(derivatives.weight_gradient, x, y, g))
     return Explanation(runs)
@@ -154,8 +132,9 @@ def tune(
         raise ValueError(f"one convolution can be tuned, but the call runs {len(seen)}")
     *_, w, g = seen[0]
     times = {}
-    for name in choice.allowed(choice.possible(g, dtype)):
+    tuned = choice.call_of(g, w.shape, dtype)
+    for name in choice.allowed(choice.possible(tuned)):
         with choice.algorithm(name): times[name] = _seconds(partial(call, x))
     times = dict(sorted(times.items(), key=lambda item: item[1]))
-    choice._tuned[g, w.shape, dtype, mx.default_device().type] = tuple(times)
+    choice._tuned[choice.tuned_key(tuned)] = tuple(times)
     return times
