@@ -18,7 +18,9 @@ from flashconv.algorithms.choice import (
 from .kernel import kernel, kernel_weight_gradient
 from .native import as_convolution
 from .overlap import with_borders
+from .record import backend
 from .taps import added
+from .weights import rearranged, swapped_geometry
 from ..arithmetic import Geometry, transposed_output_size
 
 # %% ../../nbs/algorithms/derivatives.ipynb #f9dc27f8
@@ -123,10 +125,11 @@ def weight_gradient(
     g: Geometry,  # of the convolution, transposed or not
 ) -> mx.array:  # cotangent of the weight, in PyTorch's layout
     "The cotangent of a convolution's weight: its input convolved with its output's cotangent."
-    swapped, kernel_shape = _swapped(g, x.shape, cotangent.shape)
+    swapped, kernel_shape = swapped_geometry(g, x.shape, cotangent.shape)
     shape = kernel_shape[0], swapped.output_shape[0], *g.kernel_size
     if x.size == 0 or cotangent.size == 0: return mx.zeros(shape, x.dtype)
-    if kernels_turn(swapped, kernel_shape, x.dtype): return kernel_weight_gradient(x, cotangent, g, shape)
+    if kernels_turn(swapped, kernel_shape, x.dtype):
+        return kernel_weight_gradient(x, cotangent, g, shape)
     found = choose_for_weight(g, shape, x.dtype)
     if found is None: return _by_swapping(x, cotangent, g)
     _note(*found, x, mx.zeros(shape, x.dtype), g)
@@ -134,24 +137,8 @@ def weight_gradient(
 
 # %% ../../nbs/algorithms/derivatives.ipynb #80fb3da4
 def _by_swapping(x, cotangent, g):
-    "The same by a convolution, in which batch and channels change places."
-    swapped, _ = _swapped(g, x.shape, cotangent.shape)
-    if g.channels_last:
-        x, cotangent = (mx.contiguous(mx.moveaxis(a, -1, 1)) for a in (x, cotangent))
-    if g.transposed: x, cotangent = cotangent, x
-    xs, ys = (a.reshape(len(a), g.groups, -1, *a.shape[2:]) for a in (x, cotangent))
-    xs = mx.flatten(xs.swapaxes(0, 2), 1, 2)  # (C/groups, groups * N, *spatial)
-    ys = mx.flatten(mx.moveaxis(ys, 0, 2), 0, 1)  # (groups * O/groups, N, *out)
-    return convolve(xs, ys, swapped).swapaxes(0, 1)
-
-@lru_cache(maxsize=4096)
-def _swapped(g, shape, cotangent_shape):
-    "Its geometry, and the shape of its kernel."
-    large, small = (cotangent_shape, shape) if g.transposed else (shape, cotangent_shape)
-    channels, outputs = large[g.channel_axis], small[g.channel_axis]
-    kernel = outputs, small[0], *g.sizes(small)
-    return Geometry(kernel[2:], g.dilation, g.padding, g.stride, (0,) * len(g.stride), g.groups,
-                    False, False, (channels // g.groups, outputs, *g.kernel_size)), kernel
+    "The same by a convolution like any other."
+    return convolve(*rearranged(x, cotangent, g)).swapaxes(0, 1)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #21629342
 @lru_cache(maxsize=4096)
@@ -184,6 +171,7 @@ def add_bias(
     channels_last: bool,  # which of the two
 ) -> mx.array:  # as `y`
     "Add a value per channel. The gradient of the bias is summed 64 by 64."
+    if backend() != "cpu": return _added_last(y, bias, channels_last)
     if not channels_last: bias = bias.reshape(-1, *(1,) * (y.ndim - 2))
     return y + bias if y.size <= 256 * bias.size else _plus(y, bias)
 
@@ -200,6 +188,11 @@ def _plus_vjp(primals, cotangent, output):
         sums = mx.pad(sums, [(0, 0), (0, -sums.shape[1] % 64)])
         sums = sums.reshape(bias.size, -1, 64).sum(-1)
     return cotangent, sums.reshape(bias.shape).astype(bias.dtype)
+
+# %% ../../nbs/algorithms/derivatives.ipynb #316da9e3
+def _added_last(y, bias, channels_last):
+    "The sum in the layout of MLX's own convolution, whichever of the two it is seen in."
+    return y + bias if channels_last else mx.moveaxis(mx.moveaxis(y, 1, -1) + bias, -1, 1)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #a199a669
 def _batched(x, w, x_axis, w_axis, g):

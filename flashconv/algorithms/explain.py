@@ -55,14 +55,13 @@ def _watched(call, *args):
 def _runs(part, call): return [_run(part, *each) for each in _watched(call)]
 
 # %% ../../nbs/algorithms/explain.ipynb #a7a37c45
-_RECORDS = choice.ALGORITHMS | choice.FOR_WEIGHTS
-
 def _run(part, name, why, x, w, g):
     "What there is to say about one convolution."
     out = prod(g.output_shape)
     steps = x.size // x.shape[g.channel_axis] if g.transposed else out // len(w)
     arrays = x.nbytes + w.nbytes + out * x.itemsize
-    held = _RECORDS[name].held(choice.call_of(g, w.shape, x.dtype), arrays)
+    record = (choice.ALGORITHMS | choice.FOR_WEIGHTS)[name]
+    held = record.held(choice.call_of(g, w.shape, x.dtype), arrays)
     flops = spectrum_flops(g, w.shape) if _waits_for_fft(part, name, x, w, g) else 0
     return Run(part, name, why, 2 * steps * w.size, arrays, held, flops)
 

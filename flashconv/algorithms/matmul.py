@@ -12,8 +12,8 @@ from math import prod
 import mlx.core as mx
 
 from .. import blas
-from .record import A_STEP, Algorithm
-from .taps import OTHERS, WIDTH, in_full_precision, tap_slices
+from .record import A_STEP, Algorithm, backend
+from .taps import OTHERS, WIDTH, as_products_need, tap_slices
 from .tiles import held_in_tiles, in_tiles
 from ..arithmetic import Geometry
 from ..padding import pad_axes
@@ -81,6 +81,16 @@ def _padded_and_multiplied(x, w, g):
     if g.groups > 1 or read_often or not blas.fast(): x = mx.contiguous(x)
     return _multiplied(pad_axes(x, dict(enumerate(g.padding, 2))), w, g)
 
+# %% ../../nbs/algorithms/matmul.ipynb #3740f98a
+def _is_pointwise(g):
+    return prod(g.kernel_size) == g.groups == 1 and not any(map(any, g.padding))
+
+def _in_place(x, w, g):
+    "A product of the weight with the places that a stride leaves."
+    w, met = w.reshape(len(w), -1), [slice(0, (n - 1) * s + 1, s) for n, s in zip(g.out, g.stride)]
+    if g.channels_last: return x[(slice(None), *met)] @ w.T
+    return (w @ mx.flatten(x[(..., *met)], 2)).reshape(g.output_shape)
+
 # %% ../../nbs/algorithms/matmul.ipynb #c73f35ec
 def matmul(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
@@ -89,7 +99,8 @@ def matmul(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "A product of the weights with the columns, for floating point and complex numbers."
     dtype = x.dtype
-    x, w = in_full_precision(x, w)
+    if backend() != "cpu" and _is_pointwise(g): return _in_place(x, w, g)
+    x, w = as_products_need(x, w)
     size = column_bytes(g, x.shape[g.channel_axis], x.itemsize)
     return in_tiles(_padded_and_multiplied, x, w, g, size, least=w.nbytes).astype(dtype)
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .record import A_STEP, Algorithm
 from .taps import (
-    added, channel_products, channels_first, in_full_precision, slices)
+    added, as_products_need, channel_products, channels_first, slices)
 from .tiles import (
     MOST_TILES, by_batch, by_groups, held_in_tiles, in_turn, runs, tile_bytes, whole_bytes)
 from ..arithmetic import Geometry
@@ -93,7 +93,7 @@ def places(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "One product for all output places, for every dtype."
     dtype = x.dtype
-    x, w = in_full_precision(x, w)
+    x, w = as_products_need(x, w)
     x, first = channels_first(x, g)
     y = _in_parts(x, w, first).astype(dtype)
     return y if first is g else mx.moveaxis(y, 1, -1)

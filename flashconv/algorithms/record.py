@@ -44,6 +44,22 @@ def n_taps(self: Call): return prod(self.g.kernel_size)
 @patch(as_prop=True)
 def n_places(self: Call): return prod(self.g.out)  # of one picture
 
+# %% ../../nbs/algorithms/record.ipynb #95669d00
+@patch(as_prop=True)
+def is_padded(self: Call): return any(map(any, self.g.padding))
+
+@patch(as_prop=True)
+def is_pointwise(self: Call):
+    "Whether it is one product of matrices, of which a stride skips places."
+    g = self.g
+    return self.n_taps == g.groups == 1 and not self.is_padded and not g.transposed
+
+@patch(as_prop=True)
+def is_strided(self: Call): return max(self.g.stride) > 1
+
+@patch(as_prop=True)
+def axes(self: Call): return len(self.g.stride)
+
 # %% ../../nbs/algorithms/record.ipynb #1eebd0ce
 @patch(as_prop=True)
 def steps(self: Call):

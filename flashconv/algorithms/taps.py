@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'OTHERS', 'TAPS', 'slices', 'tap_slices', 'channel_products', 'added', 'taps', 'in_full_precision',
-           'channels_first']
+           'channels_first', 'as_products_need']
 
 # %% ../../nbs/algorithms/taps.ipynb #d1afbf64
 from itertools import product
@@ -12,7 +12,7 @@ from math import prod
 
 import mlx.core as mx
 
-from .record import A_STEP, Algorithm
+from .record import A_STEP, Algorithm, backend
 from .tiles import held_in_tiles, in_tiles
 from ..arithmetic import Geometry
 from ..dilation import insert_zeros
@@ -92,6 +92,14 @@ def channels_first(
     if not g.channels_last: return x, g
     x = mx.contiguous(mx.moveaxis(x, -1, 1))  # one copy, where each tap would be a slow one
     return x, g.channels_first
+
+# %% ../../nbs/algorithms/taps.ipynb #13584ac3
+def as_products_need(
+    x: mx.array,  # input
+    w: mx.array,  # weight, of the same dtype
+) -> tuple:  # input, weight
+    "Both as a single product of matrices takes them: in float32 on CPUs, as they are on GPUs."
+    return in_full_precision(x, w) if backend() == "cpu" else (x, w)
 
 # %% ../../nbs/algorithms/taps.ipynb #39a8c4b8
 def _summed(x, w, g):
