@@ -22,7 +22,8 @@ from threading import Thread, local
 KINDS = ("conv", "conv_transpose", "Conv", "ConvTranspose", "LazyConv", "LazyConvTranspose", "pad")
 FLOATS = ("float32", "float16", "bfloat16", "float64", "complex64")
 INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
-ALGORITHMS = ("native", "matmul", "taps", "places", "fft", "overlap_add")
+ALGORITHMS = ("native", "matmul", "taps", "places", "fft", "overlap_add", "phases",
+              "spread", "volume")
 VIEWS = ("transposed", "sliced", "reversed", "broadcast")
 MODES = ("reflect", "replicate", "circular")
 

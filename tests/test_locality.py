@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from flashconv import kernels
 from flashconv.algorithms import choice, matmul, native, overlap, places, taps, tiles
+from flashconv.algorithms.record import as_on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +55,9 @@ def as_for_large_arrays():
 
 IMPLEMENTATIONS = {"kernels": (nullcontext, inf),
                    "without kernels": (without_kernels, overlap._MOST_AT_BORDERS),
-                   "as for large arrays": (as_for_large_arrays, overlap._MOST_AT_BORDERS)}
+                   "as for large arrays": (as_for_large_arrays, overlap._MOST_AT_BORDERS),
+                   "Metal's rule": (lambda: as_on("metal"), 0),
+                   "CUDA's rule": (lambda: as_on("cuda"), 0)}
 
 
 @pytest.fixture(autouse=True, params=IMPLEMENTATIONS)

@@ -20,7 +20,7 @@ from .gpu import ON_GPUS, ON_GPUS_FOR_WEIGHTS, SPREAD, VOLUME
 from .kernel import KERNEL, takes
 from .matmul import MATMUL
 from .native import NATIVE
-from .overlap import OVERLAP_ADD
+from .overlap import OVERLAP_ADD, PHASES
 from .places import PLACES
 from .record import Call, Case, backend, is_backend_given
 from .taps import TAPS
@@ -29,7 +29,8 @@ from ..arithmetic import Geometry, is_one_of
 
 # %% ../../nbs/algorithms/choice.ipynb #2925c1fb
 ALGORITHMS = {each.name: each
-              for each in (KERNEL, NATIVE, MATMUL, TAPS, PLACES, FFT, OVERLAP_ADD, SPREAD, VOLUME)}
+              for each in (KERNEL, NATIVE, MATMUL, TAPS, PLACES, FFT, OVERLAP_ADD, PHASES, SPREAD,
+                           VOLUME)}
 FOR_WEIGHTS = {each.name: each for each in (PRODUCT, PATCHES, SWAPPED, ROWS)}
 
 def possible(
@@ -171,10 +172,13 @@ def kernels_turn(
     return found if found[0] == "kernel" else None
 
 # %% ../../nbs/algorithms/choice.ipynb #5e7d95b1
+def _is_for_patches(call):
+    return (call.g.channels_last and call.fast_blas and not call.may_fft
+            and call.can_be_counted)
+
 _ON_CPUS_FOR_WEIGHTS = (
     Case("product", lambda call: call.g.channels_last, PRODUCT.why),
-    Case("patches", lambda call: call.g.channels_last and call.fast_blas and not call.may_fft,
-         PATCHES.why),
+    Case("patches", _is_for_patches, PATCHES.why),
 )
 
 def choose_for_weight(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import inf, prod
 from typing import NamedTuple
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from .native import (
     NATIVE, has_tensor_products, is_in_winograds_range, native, swap_channels)
+from .overlap import OVERLAP_ADD, PHASES
 from .record import Algorithm, Case, backend
 from .tiles import held_in_tiles
 from .weights import PATCHES, PRODUCT, ROWS, SWAPPED
@@ -81,40 +83,45 @@ def _has_planes_for_winograd(call):
     g = call.g
     if call.backend != "metal" or call.is_half or has_tensor_products(): return False
     if g.output_shape[0] == 1: return False
-    places = prod(g.output_shape[0:1]) * call.n_places
+    places = g.output_shape[0] * call.n_places
     return is_in_winograds_range(g.kernel_size[1:], g.stride[1:], g.dilation[1:],
                                  call.weight_shape[:2], places)
 
 # %% ../../nbs/algorithms/gpu.ipynb #037fd826
-def _takes_mlx(call): return NATIVE.is_defined(call) or call.is_half
+def _takes_mlx(call): return (NATIVE.is_defined(call) or call.is_half) and call.g.groups == 1
 
-def _is_spread(call):
-    return _takes_mlx(call) and call.g.transposed and call.is_strided and call.g.groups == 1
-
-SPREAD = Algorithm("spread", spread, lambda call: _takes_mlx(call) and call.g.transposed
-                   and call.g.groups == 1, lambda call: inf, held_in_tiles(lambda call: 0),
+SPREAD = Algorithm("spread", spread, lambda call: _takes_mlx(call) and call.g.transposed,
+                   lambda call: inf, held_in_tiles(lambda call: 0),
                    "MLX spreads the input by the stride")
 VOLUME = Algorithm("volume", volume, lambda call: _takes_mlx(call) and call.axes == 3
-                   and call.g.groups == 1 and not call.g.transposed, lambda call: inf,
-                   held_in_tiles(lambda call: 0), "one convolution over three axes")
+                   and not call.g.transposed, lambda call: inf, held_in_tiles(lambda call: 0),
+                   "one convolution over three axes")
 
 # %% ../../nbs/algorithms/gpu.ipynb #79225c36
+def _is_spread(call):
+    return call.is_strided and call.can_be_counted and (call.axes < 3 or call.backend == "cuda")
+
+_MOST_PHASES = 16  # launches that are soon less than the products of stamps
+
+def _has_few_phases(call):
+    return call.g.groups > 1 and prod(call.g.stride) <= _MOST_PHASES and call.dtype != mx.complex64
+
 ON_GPUS = (
     Case("matmul", lambda call: call.is_pointwise, "a product with the input as it lies"),
     Case("places", lambda call: call.n_places == call.g.groups == 1, "one output place"),
-    Case("spread", lambda call: call.is_strided and (call.axes < 3 or call.backend == "cuda"),
-         SPREAD.why),
-    Case("overlap_add", lambda call: call.g.groups == 1 and call.axes == 3,
-         "Metal has no kernel in three axes for it"),
-    Case("volume", lambda call: not _has_planes_for_winograd(call), VOLUME.why),
-    Case("native", lambda call: True, "MLX has a kernel for it"),
+    Case("spread", _is_spread, SPREAD.why),
+    Case("phases", _has_few_phases, PHASES.why),
+    Case("overlap_add", lambda call: call.is_inexact, OVERLAP_ADD.why),
+    Case("volume", lambda call: call.can_be_counted and not _has_planes_for_winograd(call),
+         VOLUME.why),
+    Case("native", lambda call: call.can_be_counted, "MLX has a kernel for it"),
 )
 
 # %% ../../nbs/algorithms/gpu.ipynb #a1dd9dd0
 ON_GPUS_FOR_WEIGHTS = (
     Case("product", lambda call: True, PRODUCT.why),
-    Case("swapped", lambda call: call.backend == "cuda", SWAPPED.why),
-    Case("patches", lambda call: True, PATCHES.why),
+    Case("swapped", lambda call: call.can_be_counted and call.backend == "cuda", SWAPPED.why),
+    Case("patches", lambda call: call.can_be_counted, PATCHES.why),
     Case("rows", lambda call: True, ROWS.why),
 )
 
@@ -132,6 +139,7 @@ _VIEWS = {
     "AsStrided": lambda a, shape, strides, offset: as_strided(
         a.reshape(-1)[offset:], shape, [n * a.itemsize for n in strides])}
 _SHAPES = "Reshape", "Flatten", "Unflatten", "Squeeze", "ExpandDims"
+_BY_VALUE = "Add", "Multiply", "Maximum", "AsType"  # whose result lies as the input does
 
 # %% ../../nbs/algorithms/gpu.ipynb #5fffbf85
 def _slice(start, stop, step): return slice(start, stop if stop >= 0 or step > 0 else None, step)
@@ -149,6 +157,15 @@ def _reshaped(a, shape):
     except AttributeError: return None
     return view
 
+# %% ../../nbs/algorithms/gpu.ipynb #59fa7f7d
+def _new(name, inputs, shape, dtype):
+    "An array as an operation makes it."
+    kind, (first, *others) = f"V{dtype.size}", inputs
+    is_alone = not any(any(a.strides) for a in others)
+    if name in _BY_VALUE and is_alone and first.shape == shape:
+        return np.empty_like(first, kind, order="K")
+    return np.empty(shape, kind)
+
 # %% ../../nbs/algorithms/gpu.ipynb #787ca643
 def counted(
     run: Callable,  # a function of arrays that is built from MLX's operations
@@ -156,7 +173,8 @@ def counted(
 ) -> Counts:
     "What the graph of a call would launch and copy on a GPU, without running it."
     steps, made, count = [], {}, [0, 0, 0]
-    mx.export_function(steps.append, run, *arrays)
+    with patch.object(mx, "contiguous", mx.stop_gradient):  # which MLX can export
+        mx.export_function(steps.append, run, *arrays)
     for step in steps:
         for name, shape, dtype in step["inputs"] if step["type"] == "inputs" else ():
             made[name] = np.empty(shape, f"V{dtype.size}")
@@ -172,8 +190,9 @@ def _replay(step, made, count):
     view, copied = None, [a for a in inputs if _is_copied(name, a)]
     if name in _VIEWS: view = _VIEWS[name](inputs[0], *step["arguments"])
     if name in _SHAPES: view = _reshaped(inputs[0], shape)
-    made[output] = np.empty(shape, f"V{dtype.size}") if view is None else view
-    if view is None and name in (*_SHAPES, "Pad"): copied = [made[output]]
+    if name == "StopGradient" and inputs[0].flags.c_contiguous: view = inputs[0]
+    made[output] = _new(name, inputs, shape, dtype) if view is None else view
+    if view is None and name in (*_SHAPES, "Pad", "StopGradient"): copied = [made[output]]
     elif view is None: count[0] += 1
     count[1] += len(copied)
     count[2] += sum(a.size * a.itemsize for a in copied)

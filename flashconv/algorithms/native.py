@@ -154,7 +154,7 @@ _MOST_COLUMNS = 2**21  # values, for fewer places than taps: those are scattered
 
 def _cost(call):
     g, products = call.g, call.multiplied * (1 if call.fast_blas else _ACROSS_IN_NETLIB)
-    if g.transposed: return inf
+    if g.transposed or not call.can_be_counted: return inf
     if g.groups > 1 or max(g.dilation) > 1 or len(g.stride) == 3:
         return call.products * (_LOOP + _ROW / g.kernel_size[-1])
     if call.n_places < call.n_taps and call.seen > _MOST_COLUMNS: return inf
@@ -164,8 +164,7 @@ def _cost(call):
 # %% ../../nbs/algorithms/native.ipynb #b55f191c
 def _in_order(call):
     "Values of input, weight and output, of which MLX needs copies that have their channels last."
-    inputs = call.seen // call.n_taps * prod(call.g.stride)
-    return inputs + prod(call.weight_shape) + prod(call.g.output_shape)
+    return call.inputs + prod(call.weight_shape) + prod(call.g.output_shape)
 
 NATIVE = Algorithm("native", native, _is_defined, _cost, held_in_tiles(lambda call: call.seen),
                    "the fewest copies, in one operation")

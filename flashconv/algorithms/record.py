@@ -78,6 +78,22 @@ def seen(self: Call):
     "The values in all windows, each counted as often as it is met."
     return self.steps * self.n_taps * self.weight_shape[1] * self.g.groups
 
+# %% ../../nbs/algorithms/record.ipynb #5a5f7165
+@patch(as_prop=True)
+def inputs(self: Call):
+    "The values of the input, as far as windows reach."
+    g, (first, second) = self.g, self.weight_shape[:2]
+    if g.transposed: return self.steps * first
+    reach = ((o - 1) * s + span for o, s, span in zip(g.out, g.stride, g.spans))
+    return g.output_shape[0] * second * g.groups * prod(reach)
+
+_MOST_COUNTED = 2**31  # values, in MLX's own convolution
+
+@patch(as_prop=True)
+def can_be_counted(self: Call):
+    "Whether 32 bits count the values of input and output, as in MLX's own convolution."
+    return max(self.inputs, prod(self.g.output_shape)) < _MOST_COUNTED
+
 # %% ../../nbs/algorithms/record.ipynb #482693cd
 A_STEP = 13_000  # values copied while an operation is prepared
 _PRODUCTS_A_COPY, _NETLIB_PRODUCTS_A_COPY = 375, 1.25  # multiplied while a value is copied

@@ -45,7 +45,7 @@ def patches(
     "A product of the cotangent with a copy of all windows."
     large, small = _larger_first(*as_products_need(x, cotangent), g)
     if not g.channels_last: large, small = (mx.moveaxis(a, 1, -1) for a in (large, small))
-    large = pad_axes(large, dict(enumerate(g.padding, 1)))
+    large = mx.contiguous(pad_axes(large, dict(enumerate(g.padding, 1))))
     (_, rows, *_), step = small.shape, g.stride[0]
     size = prod(small.shape[:-1]) * prod(g.kernel_size) * large.shape[-1] * large.itemsize
     parts = [(large[:, a * step : (b - 1) * step + g.spans[0]], small[:, a:b], g)
