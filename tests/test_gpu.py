@@ -1,8 +1,10 @@
 """The rule for GPUs, on a machine without one: its numbers, computed on the CPU, and what it launches."""
+import json
 from contextlib import ExitStack
 
 import flashconv as fc
 import flashconv.functional as F
+import flashconv.gpu
 import mlx.core as mx
 import pytest
 from flashconv.algorithms import choice, derivatives, gpu, native
@@ -11,6 +13,16 @@ from flashconv.algorithms.record import as_on
 from flashconv.arithmetic import conv_geometry
 
 BACKENDS = "metal", "cuda"
+
+
+@pytest.fixture(autouse=True)
+def winners_file(tmp_path, monkeypatch):
+    "What the owner of this machine has measured does not count."
+    file = tmp_path / "winners.json"
+    for module in (gpu, flashconv.gpu): monkeypatch.setattr(module, "winners_file", lambda: file)
+    choice._rule.cache_clear()
+    yield file
+    choice._rule.cache_clear()
 
 
 @pytest.fixture(params=BACKENDS)
@@ -229,3 +241,72 @@ def test_two_strides_in_one_process():
             mx.export_function(graphs.append, run, x, w)
     spreads = [step["arguments"][4] for step in graphs if step.get("name") == "Convolution"]
     assert spreads == [[2, 2], [1, 1], [2, 2]]
+
+
+# Measured --------------------------------------------------------------------------------------
+
+def test_the_command_runs_on_a_cpu(capsys, winners_file):
+    "It checks, times, prints a block, keeps the winners, and the choice reads them."
+    assert flashconv.gpu.main(["--device", "cpu", "--seconds", "0.1", "--layers", "one place"]) == 0
+    out, bar = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith("flashconv.gpu: ") and len(lines) == 1 + 16 and "WRONG" not in out
+    assert "[####" in bar
+    kept = json.loads(winners_file.read_text())
+    assert len(kept) == 16 and set(kept.values()) <= {*choice.ALGORITHMS, *choice.FOR_WEIGHTS}
+    (layer,) = [each for each in flashconv.gpu.LAYERS if "one place" in each.name]
+    _, weight, g = layer.geometry(1, True)
+    with mx.stream(mx.cpu), as_on("metal"):
+        kind = gpu.kind_of(choice.call_of(g, weight, mx.float32))
+        for name in ("matmul", "places"):
+            winners_file.write_text(json.dumps(kept | {kind: name}))
+            gpu._winners.cache_clear()
+            choice._rule.cache_clear()
+            assert choice.choose(g, weight, mx.float32) == (name, "the fastest when measured here")
+
+
+@pytest.mark.parametrize("text", ("", "[]", "{\"a\": 1}", "not json", None))
+def test_a_file_of_winners_that_is_none(winners_file, text):
+    "The rule decides."
+    if text is not None: winners_file.write_text(text)
+    gpu._winners.cache_clear()
+    x, w, g = geometry(DENSE["transposed k4 s2"], 1, False)
+    with as_on("metal"): assert choice.choose(g, w.shape, x.dtype)[0] == "spread"
+
+
+def test_winners_that_are_not_defined(winners_file):
+    "A name that there is not, or that is not for the call."
+    x, w, g = geometry(DENSE["transposed k4 s2"], 1, False)
+    for name in ("winograd", "matmul"):
+        with as_on("metal"):
+            kind = gpu.kind_of(choice.call_of(g, w.shape, x.dtype))
+            winners_file.write_text(json.dumps({kind: name}))
+            gpu._winners.cache_clear()
+            choice._rule.cache_clear()
+            assert choice.choose(g, w.shape, x.dtype)[0] == "spread"
+
+
+def test_what_is_wrong_wins_nothing(monkeypatch):
+    "It is reported with its error."
+    wrong = choice.ALGORITHMS["spread"]._replace(run=lambda x, w, g: 1.01 * gpu.spread(x, w, g))
+    monkeypatch.setitem(choice.ALGORITHMS, "spread", wrong)
+    layer = flashconv.gpu.Layer("t", (4, 6), (7, 7), (4, 4), 2, 1, 1, True)
+    with mx.stream(mx.cpu), as_on("metal"):
+        found = flashconv.gpu.measure((layer, 2, True, mx.float32, False), 0.01)
+    assert set(found.wrong) == {"spread"} and found.wrong["spread"] > 1
+    assert "spread" not in found.times and "WRONG: spread (" in flashconv.gpu.report([found])
+
+
+def test_every_layer_stands_for_a_kind():
+    "All of them can be measured, and each form that the rule takes is among the rivals."
+    with as_on("metal"):
+        for layer in flashconv.gpu.LAYERS:
+            for case in ((1, False, mx.float32, False), (1, True, mx.float16, True)):
+                _, today, runs, *_ = flashconv.gpu.rivals(layer, *case)
+                assert today in runs, (layer.name, today)
+
+
+def test_without_a_gpu_it_says_so():
+    "And what can be done; a layer that there is not ends it, too."
+    if not mx.is_available(mx.gpu): assert "MLX has no GPU here" in flashconv.gpu.main([])
+    assert "no layer is called" in flashconv.gpu.main(["--device", "cpu", "--layers", "5d"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'FOR_WEIGHTS', 'watchers', 'possible', 'algorithm', 'allow_fft', 'allow_fft_everywhere',
-           'fft_is_allowed', 'allowed', 'follows_rule', 'call_of', 'tuned_key', 'choose', 'kernels_turn',
+           'fft_is_allowed', 'allowed', 'follows_rule', 'call_of', 'tuned_key', 'choose', 'kernels_turn', 'weight_key',
            'choose_for_weight']
 
 # %% ../../nbs/algorithms/choice.ipynb #8c8ed498
@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from .. import blas
 from .fft import FFT
-from .gpu import ON_GPUS, ON_GPUS_FOR_WEIGHTS, SPREAD, VOLUME
+from .gpu import (
+    ON_GPUS, ON_GPUS_FOR_WEIGHTS, SPREAD, VOLUME, measured)
 from .kernel import KERNEL, takes
 from .matmul import MATMUL
 from .native import NATIVE
@@ -48,7 +49,9 @@ def _named(cases, algorithms, call):
 @lru_cache(maxsize=4096)
 def _rule(call):
     "The name of an algorithm that is fast for a call, and why."
-    if call.on_gpu and (found := _named(ON_GPUS, ALGORITHMS, call)): return found
+    if call.on_gpu:
+        found = measured(call, ALGORITHMS) or _named(ON_GPUS, ALGORITHMS, call)
+        if found: return found
     rivals = [KERNEL, FFT] if call.kernels else map(ALGORITHMS.get, possible(call))
     best = min(rivals, key=lambda each: each.cost(call))
     return best.name, best.why
@@ -181,6 +184,13 @@ _ON_CPUS_FOR_WEIGHTS = (
     Case("patches", _is_for_patches, PATCHES.why),
 )
 
+def weight_key(
+    call: Call,  # of the layer
+) -> tuple:
+    "What `tune` keeps an order of forms of the gradient of its weight for."
+    return "weight", *tuned_key(call)
+
+# %% ../../nbs/algorithms/choice.ipynb #f1f3d49c
 def choose_for_weight(
     g: Geometry,  # of the layer
     weight_shape: tuple,  # of PyTorch's weight
@@ -189,5 +199,8 @@ def choose_for_weight(
     "What the gradient of a weight is made of, if not of a convolution like any other."
     if _forced.get(): return None
     call = call_of(g, weight_shape, dtype)
-    cases = ON_GPUS_FOR_WEIGHTS if call.on_gpu else _ON_CPUS_FOR_WEIGHTS
-    return _named(cases, FOR_WEIGHTS, call)
+    if names := _tuned.get(weight_key(call)):
+        return (names[0], "the fastest when tuned") if names[0] in FOR_WEIGHTS else None
+    if not call.on_gpu: return _named(_ON_CPUS_FOR_WEIGHTS, FOR_WEIGHTS, call)
+    found = measured(call, FOR_WEIGHTS, "weight gradient")
+    return found or _named(ON_GPUS_FOR_WEIGHTS, FOR_WEIGHTS, call)

@@ -155,7 +155,7 @@ _MOST_COLUMNS = 2**21  # values, for fewer places than taps: those are scattered
 def _cost(call):
     g, products = call.g, call.multiplied * (1 if call.fast_blas else _ACROSS_IN_NETLIB)
     if g.transposed or not call.can_be_counted: return inf
-    if g.groups > 1 or max(g.dilation) > 1 or len(g.stride) == 3:
+    if g.groups > 1 or max(g.dilation) > 1:
         return call.products * (_LOOP + _ROW / g.kernel_size[-1])
     if call.n_places < call.n_taps and call.seen > _MOST_COLUMNS: return inf
     copied = _COLUMN * call.seen if call.n_taps > 1 else 0
