@@ -255,7 +255,7 @@ def test_the_command_runs_on_a_cpu(capsys, winners_file):
     kept = json.loads(winners_file.read_text())
     assert len(kept) == 16 and set(kept.values()) <= {*choice.ALGORITHMS, *choice.FOR_WEIGHTS}
     (layer,) = [each for each in flashconv.gpu.LAYERS if "one place" in each.name]
-    _, weight, g = layer.geometry(1, True)
+    _, weight, g = flashconv.gpu.geometry_of(layer, 1, True)
     with mx.stream(mx.cpu), as_on("metal"):
         kind = gpu.kind_of(choice.call_of(g, weight, mx.float32))
         for name in ("matmul", "places"):

@@ -170,7 +170,7 @@ def measured(
 class Counts(NamedTuple):
     "What a graph does on a GPU."
     kernels: int  # operations that launch work
-    copies: int  # arrays copied besides, for operations that want them in one run
+    copies: int  # arrays that only move values, and those that an operation wants in one run
     nbytes: int  # of arrays copied, each once
 
 _VIEWS = {
@@ -180,6 +180,7 @@ _VIEWS = {
     "AsStrided": lambda a, shape, strides, offset: as_strided(
         a.reshape(-1)[offset:], shape, [n * a.itemsize for n in strides])}
 _SHAPES = "Reshape", "Flatten", "Unflatten", "Squeeze", "ExpandDims"
+_COPIES = "Pad", "Concatenate", "StopGradient"  # the last one stands for `mx.contiguous`
 _BY_VALUE = "Add", "Multiply", "Maximum", "AsType"  # whose result lies as the input does
 
 # %% ../../nbs/algorithms/gpu.ipynb #5fffbf85
@@ -233,7 +234,7 @@ def _replay(step, made, count):
     if name in _SHAPES: view = _reshaped(inputs[0], shape)
     if name == "StopGradient" and inputs[0].flags.c_contiguous: view = inputs[0]
     made[output] = _new(name, inputs, shape, dtype) if view is None else view
-    if view is None and name in (*_SHAPES, "Pad", "StopGradient"): copied = [made[output]]
+    if view is None and name in (*_SHAPES, *_COPIES): copied = [made[output]]
     elif view is None: count[0] += 1
     count[1] += len(copied)
     count[2] += sum(a.size * a.itemsize for a in copied)
