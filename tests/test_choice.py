@@ -324,10 +324,12 @@ def test_explain_says_what_fft_would_gain():
 def test_forward_mode(name):
     "A convolution is linear in each of its arrays; the derivative of a gradient is one, too."
     if name == "kernel": pytest.skip("test_kernels.py has its derivatives")
-    transposed = name == "overlap_add"
-    f = partial(F.conv_transpose2d if transposed else F.conv2d, stride=2)
-    x, dx = mx.random.normal((2, 3, 7, 6)), mx.random.normal((2, 3, 7, 6))
-    w, dw = mx.random.normal((3, 3, 3, 2)), mx.random.normal((3, 3, 3, 2))
+    transposed = name in ("overlap_add", "phases", "spread")
+    more = (4,) * (name == "volume")  # which is for three axes
+    f = getattr(F, f"conv{'_transpose' * transposed}{2 + len(more)}d")
+    f = partial(f, stride=2)
+    x, dx = (mx.random.normal((2, 3, 7, 6, *more)) for _ in "ab")
+    w, dw = (mx.random.normal((3, 3, 3, 2, *more)) for _ in "ab")
     def gradient(x): return mx.grad(lambda x: (f(x, w) ** 2).sum())(x)
     with fc.algorithm(name):
         (y,), (change,) = mx.jvp(f, [x, w], [dx, dw])

