@@ -14,7 +14,6 @@ from functools import lru_cache
 from math import inf, prod
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -27,7 +26,6 @@ from .record import Algorithm, Call, Case, backend
 from .tiles import held_in_tiles
 from .weights import PATCHES, PRODUCT, ROWS, SWAPPED
 from ..arithmetic import Geometry
-from ..kernels.build import cache_folder
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/gpu.ipynb #15de4b14
@@ -148,6 +146,8 @@ def kind_of(
 # %% ../../nbs/algorithms/gpu.ipynb #abf76161
 def winners_file() -> Path:
     "Where the winners on the default device are kept: in the folder of the compiled kernels."
+    from flashconv.kernels.build import cache_folder  # not before a GPU asks
+
     device = re.sub(r"\W+", "-", str(mx.device_info().get("device_name", "unknown")))
     return cache_folder() / f"gpu-{device}-{mx.__version__}.json"
 
@@ -214,6 +214,8 @@ def counted(
     *arrays: mx.array,  # its arguments, which are not read
 ) -> Counts:
     "What the graph of a call would launch and copy on a GPU, without running it."
+    from unittest.mock import patch  # slow to import, and for this alone
+
     steps, made, count = [], {}, [0, 0, 0]
     with patch.object(mx, "contiguous", mx.stop_gradient):  # which MLX can export
         mx.export_function(steps.append, run, *arrays)
