@@ -35,9 +35,10 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
                  output_padding=None):
     "What all six functions do: check, then run. `output_padding` marks a transposed one."
     if primitive._call is not None and follows_rule() and not is_plain():
-        y = primitive._call(n, input, weight, bias, stride, padding, dilation, groups, data_format,
-                           output_padding)
-        if y is not None: return y
+        is_one = isinstance(input, mx.array) and input.ndim == n + 1  # unbatched
+        y = primitive._call(n, input[None] if is_one else input, weight, bias, stride, padding,
+                            dilation, groups, data_format, output_padding)
+        if y is not None: return mx.squeeze(y, 0) if is_one else y
     check_array(name, "input", input)
     check_array(name, "weight", weight)
     if bias is not None: check_array(name, "bias", bias)

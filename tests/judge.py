@@ -9,7 +9,7 @@ import torch
 
 import flashconv as fc
 import flashconv.functional as F
-from flashconv.algorithms import choice, derivatives, fft, mec, overlap, places, tiles
+from flashconv.algorithms import choice, derivatives, fft, overlap, places, tiles
 from fuzz import MODES
 
 DTYPES = {str(d).rpartition(".")[2]: d for d in (*oracle.EPS, *oracle.INTEGERS)}
@@ -278,11 +278,9 @@ def _tiles_of(size):
     "Work is divided into parts of so many bytes, as it is for arrays of many megabytes."
     with ExitStack() as stack:
         if size is not None:
-            for module in (tiles, places, mec, fft):
-                stack.enter_context(patch.object(module, "WHOLE", size))
+            stack.enter_context(patch.object(tiles, "WHOLE", size))
             for module in (tiles, places, fft, overlap):
                 stack.enter_context(patch.object(module, "tile_bytes", lambda g: max(1, size // 4)))
-            stack.enter_context(patch.object(choice, "_FEW_PRODUCTS", 0))
         yield
 
 

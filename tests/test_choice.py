@@ -10,6 +10,7 @@ import pytest
 import flashconv as fc
 import flashconv.functional as F
 from flashconv.algorithms import choice, tiles
+from flashconv.algorithms.record import Call
 from flashconv.arithmetic import conv_geometry
 
 pytestmark = pytest.mark.usefixtures("without_kernels")  # test_kernels.py is about those
@@ -100,7 +101,7 @@ def test_explain_computes_nothing():
 def test_transposed_without_a_stride_is_a_convolution(n):
     "It is turned into one, and takes what convolutions take."
     shape, weight = (8, 64) + (9,) * n, (64, 64) + (2,) * n
-    assert first(shape, weight, output_padding=0).algorithm in ("native", "matmul", "mec")
+    assert first(shape, weight, output_padding=0).algorithm in ("native", "matmul")
     assert first(shape, weight, output_padding=1, stride=2).algorithm == "overlap_add"
 
 
@@ -148,6 +149,37 @@ def test_tune(layer):
     with fc.algorithm("taps"): assert fc.explain(layer, (1, 2, 20))[0].algorithm == "taps"
 
 
+@pytest.mark.parametrize("last", (False, True))
+def test_tune_gradients(torch, last):
+    "What is kept is run, for that part only, and gives PyTorch's gradients."
+    layer = fc.Conv2d(3, 5, 3, stride=2, data_format="channels_last" if last else "channels_first")
+    shape = (2, 9, 8, 3) if last else (2, 3, 9, 8)
+    before = fc.explain(layer, shape)
+    by_part = {part: fc.tune(layer, shape, part=part) for part in ("input gradient", "weight gradient")}
+    after = fc.explain(layer, shape)
+    assert after[0] == before[0] and after[1].algorithm == next(iter(by_part["input gradient"]))
+    best = next(iter(by_part["weight gradient"]))
+    assert best == "convolution" or after[2].algorithm == best
+    assert {"patches", "swapped", "rows", "convolution"} == set(by_part["weight gradient"])
+    for name in by_part["weight gradient"]:
+        (key,) = [key for key in choice._tuned if key[0] == "weight"]
+        choice._tuned[key] = (name,)
+        x = mx.random.normal(shape)
+        dw = mx.grad(lambda w: (F.conv2d(x, w, stride=2, data_format=layer.data_format) ** 2).sum())(
+            layer.weight)
+        seen = np.array(mx.moveaxis(x, -1, 1) if last else x)
+        w = torch.tensor(np.array(layer.weight), requires_grad=True)
+        (torch.nn.functional.conv2d(torch.tensor(seen), w, stride=2) ** 2).sum().backward()
+        assert np.allclose(np.array(dw), w.grad, atol=1e-3), name
+
+
+@pytest.mark.parametrize("part", ("backward", None, "FORWARD"))
+def test_tune_knows_its_parts(part):
+    "Anything else is refused before anything is timed."
+    with pytest.raises(ValueError, match="part must be one of forward, input gradient, weight grad"):
+        fc.tune(fc.Conv1d(2, 2, 1), (1, 2, 5), part=part)
+
+
 def test_tune_needs_one_convolution():
     "None, or two, and nothing is kept."
     layer = fc.Conv1d(2, 2, 1)
@@ -157,7 +189,7 @@ def test_tune_needs_one_convolution():
 
 
 LONG = (1, 1, 8000), (1, 1, 101)  # input, weight: what FFT is faster for
-FFT, DIRECT = {"fft"}, {"native", "matmul", "mec", "taps", "places", "overlap_add"}
+FFT, DIRECT = {"fft"}, set(choice.ALGORITHMS) - {"fft"}
 
 
 def ran(call, *args):
@@ -292,10 +324,12 @@ def test_explain_says_what_fft_would_gain():
 def test_forward_mode(name):
     "A convolution is linear in each of its arrays; the derivative of a gradient is one, too."
     if name == "kernel": pytest.skip("test_kernels.py has its derivatives")
-    transposed = name == "overlap_add"
-    f = partial(F.conv_transpose2d if transposed else F.conv2d, stride=2)
-    x, dx = mx.random.normal((2, 3, 7, 6)), mx.random.normal((2, 3, 7, 6))
-    w, dw = mx.random.normal((3, 3, 3, 2)), mx.random.normal((3, 3, 3, 2))
+    transposed = name in ("overlap_add", "phases", "spread")
+    more = (4,) * (name == "volume")  # which is for three axes
+    f = getattr(F, f"conv{'_transpose' * transposed}{2 + len(more)}d")
+    f = partial(f, stride=2)
+    x, dx = (mx.random.normal((2, 3, 7, 6, *more)) for _ in "ab")
+    w, dw = (mx.random.normal((3, 3, 3, 2, *more)) for _ in "ab")
     def gradient(x): return mx.grad(lambda x: (f(x, w) ** 2).sum())(x)
     with fc.algorithm(name):
         (y,), (change,) = mx.jvp(f, [x, w], [dx, dw])
@@ -341,7 +375,7 @@ def test_long_transposed_kernels_with_long_strides(shape, weight, stride):
     assert mx.allclose(y[corner], first[corner], atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ("native", "matmul", "mec", "taps"))
+@pytest.mark.parametrize("name", ("native", "matmul", "taps"))
 def test_parts_of_nothing_but_padding(torch, monkeypatch, name):
     "Where it is longer than the kernel."
     monkeypatch.setattr(tiles, "WHOLE", 64)
@@ -355,12 +389,12 @@ def test_parts_of_nothing_but_padding(torch, monkeypatch, name):
 @pytest.mark.parametrize("n, kernel", (
     (1, (5,)), (2, (3, 3)), (2, (1, 4)), (2, (1, 1)), (3, (3, 3, 3)), (3, (2, 1, 3)), (3, (1, 1, 1))))
 def test_weight_gradient_channels_last(torch, n, kernel):
-    "Made of strips, or of the input itself, for layers with enough products: PyTorch's."
+    "Made of windows, or of the input itself, as they lie: PyTorch's."
     size = {1: (999,), 2: (33, 31), 3: (11, 9, 10)}[n]
     x, w = mx.random.normal((2, *size, 24)), mx.random.normal((20, 24, *kernel))
     kw = {"padding": tuple(k // 2 for k in kernel), "stride": (1,) * (n - 1) + (2,)}
     f = partial(getattr(F, f"conv{n}d"), data_format="channels_last", **kw)
-    algorithm = "matmul" if max(kernel) == 1 else "mec"
+    algorithm = "product" if max(kernel) == 1 else "patches"
     assert fc.explain(partial(f, weight=w), x.shape)[2].algorithm == algorithm
     theirs = torch.tensor(np.array(w), requires_grad=True)
     seen = torch.tensor(np.array(mx.moveaxis(x, -1, 1)))
@@ -413,94 +447,88 @@ def ruled(size, weight, batch=1, groups=1, stride=1, dilation=1, dtype=mx.float3
     shape = (batch, *size, channels) if last else (batch, channels, *size)
     g = conv_geometry("conv", shape, weight, None, (stride,) * n, (0,) * n, (dilation,) * n, groups,
                       (0,) * n if transposed else None, last)
-    return choice._rule(g, weight, dtype, gpu, blas, fft)
+    return choice._rule(Call(g, weight, dtype, "metal" if gpu else "cpu", blas, False, fft))
 
 
 @pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
 @pytest.mark.parametrize("name, why, size, weight, kw", (
-    # Both sides of each border. Without a fast BLAS: few outputs per group, more, too many.
-    ("fft", "a long kernel", (13, 13), (4, 8, 7, 7), {"blas": False}),
-    ("matmul", "", (13, 13), (4, 8, 6, 7), {"blas": False, "batch": 64}),
-    ("fft", "a long kernel", (17, 17), (16, 8, 9, 9), {"blas": False}),
-    ("matmul", "", (17, 17), (17, 8, 9, 9), {"blas": False, "batch": 64}),
-    ("matmul", "", (17, 17), (16, 8, 8, 10), {"blas": False, "batch": 64}),
-    ("fft", "", (17, 17), (32, 4, 9, 9), {"groups": 2, "blas": False}),
-    ("native", "more than", (41, 41), (17, 8, 21, 21), {"blas": False}),
-    ("fft", "a long kernel", (15, 15, 15), (16, 2, 6, 6, 6), {"blas": False}),
-    # With one: enough taps and enough places, then enough work for both.
+    # Transforms, on both sides of their borders: taps, places, then work.
     ("fft", "a long kernel", (71,), (4, 8, 32), {"batch": 64}),
     ("native", "fewest copies", (71,), (4, 8, 31), {"batch": 64}),
-    ("fft", "many outputs", (71,), (4, 8, 40), {"batch": 64}),
+    ("fft", "", (71,), (4, 8, 40), {"batch": 64}),
     ("native", "", (70,), (4, 8, 40), {"batch": 64}),
-    ("fft", "a long kernel", (19, 19), (2, 8, 10, 10), {"batch": 64}),
-    ("mec", "strips", (19, 19), (2, 8, 9, 11), {"batch": 64}),
-    ("fft", "a long kernel", (15, 15, 15), (2, 8, 5, 5, 5), {"batch": 64}),
-    ("mec", "strips", (15, 15, 15), (2, 8, 4, 5, 5), {"batch": 64}),
-    ("fft", "a long kernel", (4096,), (64, 64, 33), {}),
-    ("native", "", (1024,), (64, 64, 33), {}), ("native", "", (95,), (5, 8, 48), {}),
-    ("fft", "a long kernel", (41, 41), (16, 8, 20, 22), {"batch": 64}),
-    ("mec", "strips", (41, 41), (16, 8, 21, 21), {}),
-    ("fft", "a long kernel", (66, 66), (64, 1, 11, 11), {"groups": 64}),
-    ("mec", "strips", (66, 66), (64, 16, 11, 11), {"groups": 4}),
-    (("matmul", "mec"), "", (13, 13, 13), (64, 8, 5, 5, 7), {"batch": 64}),
+    ("fft", "", (19, 19), (2, 8, 10, 10), {"batch": 64}),
+    ("native", "", (19, 19), (2, 8, 9, 11), {"batch": 64}),
+    ("fft", "", (15, 15, 15), (2, 8, 5, 5, 5), {"batch": 64}),
+    ("native", "", (15, 15, 15), (2, 8, 4, 5, 5), {"batch": 64}),
+    ("fft", "", (4096,), (64, 64, 33), {}), ("native", "", (1024,), (64, 64, 33), {}),
+    ("fft", "", (66, 66), (64, 1, 11, 11), {"groups": 64}),
     ("native", "", (199,), (4, 8, 64), {"stride": 2, "batch": 64}),
     ("matmul", "", (199,), (4, 8, 64), {"dilation": 2, "batch": 64}),
-    ("places", "fewer outputs", (9, 9), (64, 64, 8, 8), {}),
-    ("places", "", (5, 5), (8, 8, 4, 4), {"blas": False}),
+    ("fft", "", (15, 15, 15), (16, 2, 6, 6, 6), {"blas": False}),
+    # Fewer places than taps.
     ("native", "fewest copies", (5, 5), (8, 8, 4, 4), {}),
-    ("native", "", (5, 5), (2, 2, 3, 3), {}),
-    ("places", "", (512,), (5, 8, 257), {"gpu": True}),
-    ("native", "more than 256 taps", (514,), (5, 8, 258), {"gpu": True}),
-    ("native", "more than 256 taps", (600,), (5, 8, 257), {"gpu": True}),
-    ("native", "a GPU", (600,), (5, 8, 256), {"gpu": True}),
-    ("native", "a GPU", (63,), (4, 8, 32), {"gpu": True}),
-    ("native", "a GPU", (9, 9), (64, 1, 3, 3), {"gpu": True, "groups": 64}),
-    ("matmul", "lacks this dtype", (9, 9), (4, 4, 3, 3), {"gpu": True, "dtype": mx.complex64}),
-    ("matmul", "lacks this dtype", (9,) * 3, (4, 4, 2, 2, 2), {"gpu": True, "dtype": mx.float16}),
+    ("places", "fewer outputs", (67, 67), (64, 64, 65, 65), {}),
+    # On GPUs.
+    ("native", "MLX has a kernel", (600,), (5, 8, 256), {"gpu": True}),
+    ("native", "MLX has a kernel", (63,), (4, 8, 32), {"gpu": True}),
+    ("native", "MLX has a kernel", (9, 9), (64, 1, 3, 3), {"gpu": True, "groups": 64}),
+    ("matmul", "", (9, 9), (4, 4, 3, 3), {"gpu": True, "dtype": mx.complex64}),
+    # Transposed with a stride.
     ("overlap_add", "a stride", (9,), (4, 4, 256), {"transposed": True, "stride": 2}),
     ("overlap_add", "a stride", (9,), (4, 4, 257),
      {"transposed": True, "stride": 2, "dtype": mx.complex64}),
-    ("taps", "no other", (9,), (4, 4, 3), {"transposed": True, "stride": 2, "dtype": mx.int32}),
-    # What runs instead of transforms that nobody allowed.
-    ("native", "more than 256 taps", (8192,), (64, 1, 1024), {"groups": 64, "fft": False}),
-    ("mec", "strips", (66, 66), (64, 1, 31, 31), {"groups": 64, "fft": False}),
-    ("taps", "one channel", (8192,), (64, 1, 128), {"groups": 64, "fft": False}),
-    ("matmul", "", (17, 17), (16, 8, 9, 9), {"blas": False, "batch": 64, "fft": False}),
-    ("taps", "no other", (9, 9), (4, 4, 3, 3), {"dtype": mx.int32}),
-    ("taps", "one channel", (40,), (16, 1, 3), {"groups": 4}),
-    ("matmul", "", (40,), (20, 1, 3), {"groups": 4}),
+    ("taps", "a sum over taps", (9,), (4, 4, 3),
+     {"transposed": True, "stride": 2, "dtype": mx.int32}),
+    # One channel per group: few taps, rows long or short, then hundreds.
+    ("taps", "a sum over taps", (56, 56), (128, 1, 3, 3), {"groups": 128, "fft": False}),
+    ("taps", "", (56, 56), (96, 1, 7, 7), {"groups": 96, "fft": False}),
+    ("taps", "", (8192,), (64, 1, 128), {"groups": 64, "fft": False}),
+    ("native", "", (86, 86), (64, 1, 31, 31), {"groups": 64, "fft": False}),
     ("matmul", "", (40,), (16, 1, 1), {"groups": 4}),
-    ("matmul", "", (40,), (16, 2, 3), {"groups": 4}),
-    ("matmul", "", (31, 32), (8, 32, 1, 1), {}),
-    ("native", "small", (31, 32), (8, 32, 1, 1), {"blas": False}),
-    ("matmul", "", (32, 32), (8, 32, 1, 1), {"blas": False}),
-    ("matmul", "", (9, 9), (8, 4, 3, 3), {"groups": 2}),
-    (("matmul", "mec"), "", (9, 9), (8, 8, 2, 2), {"dilation": 2}),
-    (("matmul", "mec"), "", (9, 9), (8, 8, 3, 3), {"dtype": mx.complex64}),
+    # Groups, dilation, other dtypes, Netlib.
+    ("taps", "", (9, 9), (4, 4, 3, 3), {"dtype": mx.int32}),
+    ("matmul", "", (58, 58), (128, 4, 3, 3), {"groups": 32}),
+    ("matmul", "", (9, 9), (8, 8, 2, 2), {"dilation": 2}),
+    ("matmul", "", (9, 9), (8, 8, 3, 3), {"dtype": mx.complex64}),
+    ("matmul", "", (45, 45), (256, 256, 3, 3), {"dilation": 6}),
     ("native", "", (9, 9), (8, 8, 3, 3), {"dtype": mx.bfloat16}),
-    ("native", "", (37, 37), (64, 64, 3, 3), {}), ("mec", "strips", (41, 41), (64, 64, 3, 3), {}),
     ("matmul", "", (16, 16), (64, 64, 1, 1), {}),
-    (("matmul", "mec"), "", (9,) * 3, (64, 64, 1, 1, 2), {}),
-    ("mec", "", (9,) * 3, (64, 64, 3, 3, 3), {"batch": 9}),
+    ("matmul", "", (9,) * 3, (64, 64, 3, 3, 3), {"batch": 9, "dilation": 2}),
     ("matmul", "", (18, 18), (64, 64, 3, 3), {"blas": False}),
-    (("matmul", "mec"), "", (45, 45), (256, 256, 3, 3), {"dilation": 6}),
+    ("native", "", (9, 9), (4, 4, 3, 3), {"blas": False}),
 ), ids=lambda v: str(v).replace(" ", "") if v != "" else "any")
 def test_rule(name, why, size, weight, kw, last):
-    "The rule at its borders, the same in both layouts unless two names are given."
+    "The rule at its borders, the same in both layouts."
     got, reason = ruled(size, weight, last=last, **kw)
-    assert got == (name if isinstance(name, str) else name[last]) and why in reason
+    assert got == name and why in reason
 
 
-@pytest.mark.parametrize("size, weight, kw, first, last", (
-    ((37, 37), (64, 64, 3, 3), {}, "native", "native"),
-    ((38, 38), (64, 64, 3, 3), {}, "mec", "native"),
-    ((40, 40), (64, 64, 3, 3), {}, "mec", "native"),
-    ((41, 41), (64, 64, 3, 3), {}, "mec", "mec"),
-    ((9, 9), (512, 512, 3, 3), {"batch": 10}, "matmul", "matmul"),
-    ((9, 9), (512, 512, 3, 3), {"batch": 11}, "matmul", "native"),
-    ((224, 224), (64, 3, 7, 7), {"stride": 2}, "matmul", "native"),
-    ((6, 6), (64, 64, 3, 3), {"blas": False}, "matmul", "matmul")))
-def test_rule_that_tells_the_layouts_apart(size, weight, kw, first, last):
+@pytest.mark.parametrize("size, weight, kw", (
+    ((37, 37), (64, 64, 3, 3), {}), ((9, 9), (512, 512, 3, 3), {"batch": 10}),
+    ((224, 224), (64, 3, 7, 7), {"stride": 2})))
+def test_rule_that_tells_the_layouts_apart(size, weight, kw):
     "MLX's own convolution needs no transposes, channels last."
-    assert ruled(size, weight, **kw)[0] == first
-    assert ruled(size, weight, last=True, **kw)[0] == last
+    assert ruled(size, weight, **kw)[0] == "matmul"
+    assert ruled(size, weight, last=True, **kw)[0] == "native"
+
+
+def test_a_new_algorithm_is_a_record_in_the_list(monkeypatch):
+    "It can be forced, is chosen where it is the cheapest, and `explain` asks its record."
+    best = choice.TAPS._replace(name="best", cost=lambda call: -1, held=lambda *_: 12, why="new")
+    monkeypatch.setitem(choice.ALGORITHMS, "best", best)
+    choice._rule.cache_clear()
+    run = first((1, 2, 9, 9), (3, 2, 3, 3))
+    assert (run.algorithm, run.why, run.workspace) == ("best", "new", 12)
+    with fc.algorithm("best"): assert first((1, 2, 9, 9), (3, 2, 3, 3)).why == "forced"
+    choice._rule.cache_clear()
+
+
+def test_one_choice_for_a_call(monkeypatch):
+    "Composed or not, it is chosen for once."
+    asked = []
+    rule = choice._rule
+    monkeypatch.setattr(choice, "_rule", lambda call: asked.append(call) or rule(call))
+    F.conv2d(mx.zeros((1, 2, 9, 9)), mx.zeros((3, 2, 3, 3)))
+    F.conv_transpose2d(mx.zeros((1, 2, 9, 9)), mx.zeros((2, 3, 3, 3)))
+    assert len(asked) == 2

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import flashconv.functional as F
 from flashconv.kernels import build, pool, primitive
 from flashconv.kernels.primitive import spec
 
@@ -211,6 +212,16 @@ def test_compile_without_shapes(torch, layer, x, w, outputs):
         X = ours(layer, whole((x[0] + more, x[1], *(size + more for size in x[2:]))))
         for a, e in zip(compiled(X, W, B), f(X, W, B)):
             assert a.shape == e.shape and mx.allclose(a, e, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("conv1d", "conv_transpose1d"))
+def test_an_unbatched_stride_is_not_baked_in(name):
+    "Traced for an input that is shorter than the stride, and right for others."
+    w, f = mx.array(whole((2, 2, 3))), getattr(F, name)
+    compiled = mx.compile(lambda x: f(x, w, stride=5), shapeless=True)
+    for size in (3, 30, 17):
+        x = mx.array(whole((2, size)))
+        assert mx.array_equal(compiled(x), f(x[None], w, stride=5)[0])
 
 
 # Dtypes, views, nothing at all ------------------------------------------------------------------

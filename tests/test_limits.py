@@ -200,7 +200,8 @@ def test_a_thousand_calls_leak_nothing():
 
 def test_what_is_kept_for_shapes_is_bounded():
     "Ten thousand shapes leave no more behind than the caches hold."
-    kept = (conv_geometry, choice._rule, derivatives._with_rules)
+    kept = (conv_geometry, choice._rule, derivatives._with_rules,
+            derivatives._with_rules_for_weights)
     layer = fc.Conv1d(1, 1, 3)
     for n in range(5000): layer(mx.zeros((1, 1, 3 + n)))
     for cache in kept:

@@ -341,7 +341,8 @@ def _public_names(package):
     for module in modules[1:] + modules[:1]:
         for name in getattr(module, "__all__", []):
             value = getattr(module, name)
-            home = getattr(value, "__module__", None) or module.__name__
+            home = getattr(value, "__module__", None) if callable(value) else None
+            home = home or module.__name__  # a constant has the module of its class
             if inspect.ismodule(value) or (home, name) in seen: continue
             if not home.startswith(package): home = module.__name__
             seen.add((home, name))

@@ -53,7 +53,7 @@ TESTS = {  # module: (size of its sample, the quick tests that own it, the slow 
     "algorithms.explain": (15, "choice", ""),
     "algorithms.tiles": (40, "random choice", "transforms functional"),
     **{f"algorithms.{name}": (20, "random choice", "transforms functional")
-       for name in ("fft", "matmul", "mec", "native", "overlap", "places", "taps")}}
+       for name in ("fft", "gpu", "matmul", "native", "overlap", "places", "taps", "weights")}}
 
 
 # Mutants -------------------------------------------------------------------------------------

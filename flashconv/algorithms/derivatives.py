@@ -7,19 +7,20 @@ __all__ = ['convolve', 'input_gradient', 'weight_gradient', 'add_bias']
 
 # %% ../../nbs/algorithms/derivatives.ipynb #a5479c6f
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 
 import mlx.core as mx
 
 from flashconv.algorithms.choice import (
-    ALGORITHMS, allow_fft, choose, choose_for_weight, fft_is_allowed, kernels_turn,
+    ALGORITHMS, FOR_WEIGHTS, allow_fft, choose, choose_for_weight, fft_is_allowed, kernels_turn,
     watchers)
 from .kernel import kernel, kernel_weight_gradient
-from .mec import strips_gradient
 from .native import as_convolution
 from .overlap import with_borders
+from .record import backend
 from .taps import added
+from .weights import rearranged, swapped_geometry
 from ..arithmetic import Geometry, transposed_output_size
 
 # %% ../../nbs/algorithms/derivatives.ipynb #f9dc27f8
@@ -31,8 +32,8 @@ def convolve(
     force: bool = False,  # whether `with algorithm(...)` must be obeyed, or only where it can be
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "Run a checked convolution by the algorithm that is chosen for it."
-    if x.size and kernels_turn(g, w.shape, x.dtype, force):
-        _note(*choose(g, w.shape, x.dtype), x, w, g)
+    if x.size and (turn := kernels_turn(g, w.shape, x.dtype, force)):
+        _note(*turn, x, w, g)
         return kernel(x, w, g, bias)
     y = _composed(x, w, g, force)
     return y if bias is None else add_bias(y, bias, g.channels_last)
@@ -49,7 +50,7 @@ def _composed(x, w, g, force):
     name, why = choose(g, w.shape, x.dtype, force)
     _note(name, why, x, w, g)
     if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
-    algorithm = ALGORITHMS[name]
+    algorithm = ALGORITHMS[name].run
     if not mx.issubdtype(x.dtype, mx.inexact): return algorithm(x, w, g)
     if without_stride and name != "fft" and why != "forced":
         (x, w, g), algorithm = given, with_borders(algorithm)
@@ -124,27 +125,44 @@ def weight_gradient(
     g: Geometry,  # of the convolution, transposed or not
 ) -> mx.array:  # cotangent of the weight, in PyTorch's layout
     "The cotangent of a convolution's weight: its input convolved with its output's cotangent."
-    direct = choose_for_weight(g, x.shape[g.channel_axis])
-    if direct:
-        w = mx.zeros((cotangent.shape[-1], x.shape[-1], *g.kernel_size), x.dtype)
-        _note(*direct, x, w, g)
-        return strips_gradient(x, cotangent, g)
-    given = x, cotangent
-    if g.channels_last:
-        x, cotangent = (mx.contiguous(mx.moveaxis(a, -1, 1)) for a in (x, cotangent))
-    if g.transposed: x, cotangent = cotangent, x
-    xs, ys = (a.reshape(len(a), g.groups, -1, *a.shape[2:]) for a in (x, cotangent))
-    xs = mx.flatten(xs.swapaxes(0, 2), 1, 2)  # (C/groups, groups * N, *spatial)
-    ys = mx.flatten(mx.moveaxis(ys, 0, 2), 0, 1)  # (groups * O/groups, N, *out)
-    swapped = _swapped(g, len(xs), ys.shape)
-    if kernels_turn(swapped, ys.shape, x.dtype):
-        return kernel_weight_gradient(*given, g, (len(ys), len(xs), *g.kernel_size))
-    return convolve(xs, ys, swapped).swapaxes(0, 1)
+    swapped, kernel_shape = swapped_geometry(g, x.shape, cotangent.shape)
+    shape = kernel_shape[0], swapped.output_shape[0], *g.kernel_size
+    if x.size == 0 or cotangent.size == 0: return mx.zeros(shape, x.dtype)
+    if kernels_turn(swapped, kernel_shape, x.dtype):
+        return kernel_weight_gradient(x, cotangent, g, shape)
+    found = choose_for_weight(g, shape, x.dtype)
+    if found is None: return _by_swapping(x, cotangent, g)
+    _note(*found, x, mx.zeros(shape, x.dtype), g)
+    return _with_rules_for_weights(FOR_WEIGHTS[found[0]].run, g, fft_is_allowed())(x, cotangent)
 
+# %% ../../nbs/algorithms/derivatives.ipynb #80fb3da4
+def _by_swapping(x, cotangent, g):
+    "The same by a convolution like any other."
+    return convolve(*rearranged(x, cotangent, g)).swapaxes(0, 1)
+
+# %% ../../nbs/algorithms/derivatives.ipynb #21629342
 @lru_cache(maxsize=4096)
-def _swapped(g, inner, shape):
-    return Geometry(shape[2:], g.dilation, g.padding, g.stride, (0,) * len(g.stride), g.groups,
-                    False, False, (inner, shape[0], *g.kernel_size))
+def _with_rules_for_weights(form, g, may_fft):
+    "A form as a function of two arrays that MLX differentiates and batches by our rules."
+    @mx.custom_function
+    def run(x, c): return form(mx.stop_gradient(x), mx.stop_gradient(c), g)
+
+    @run.vjp
+    def _(primals, w, output):
+        x, c = primals
+        with allow_fft(may_fft): return input_gradient(c, w, g, x.shape), convolve(x, w, g)
+
+    @run.jvp
+    def _(primals, tangents):
+        (x, c), (dx, dc) = primals, tangents
+        changes = [] if dx is None else [run(dx, c)]
+        return added(changes if dc is None else [*changes, run(x, dc)])
+
+    @run.vmap
+    def _(arrays, axes):
+        with allow_fft(may_fft): return mx.vmap(partial(_by_swapping, g=g), axes)(*arrays), 0
+
+    return run
 
 # %% ../../nbs/algorithms/derivatives.ipynb #b970cd82
 def add_bias(
@@ -153,6 +171,7 @@ def add_bias(
     channels_last: bool,  # which of the two
 ) -> mx.array:  # as `y`
     "Add a value per channel. The gradient of the bias is summed 64 by 64."
+    if backend() != "cpu": return _added_last(y, bias, channels_last)
     if not channels_last: bias = bias.reshape(-1, *(1,) * (y.ndim - 2))
     return y + bias if y.size <= 256 * bias.size else _plus(y, bias)
 
@@ -169,6 +188,11 @@ def _plus_vjp(primals, cotangent, output):
         sums = mx.pad(sums, [(0, 0), (0, -sums.shape[1] % 64)])
         sums = sums.reshape(bias.size, -1, 64).sum(-1)
     return cotangent, sums.reshape(bias.shape).astype(bias.dtype)
+
+# %% ../../nbs/algorithms/derivatives.ipynb #316da9e3
+def _added_last(y, bias, channels_last):
+    "The sum in the layout of MLX's own convolution, whichever of the two it is seen in."
+    return y + bias if channels_last else mx.moveaxis(mx.moveaxis(y, 1, -1) + bias, -1, 1)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #a199a669
 def _batched(x, w, x_axis, w_axis, g):

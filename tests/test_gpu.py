@@ -1,0 +1,312 @@
+"""The rule for GPUs, on a machine without one: its numbers, computed on the CPU, and what it launches."""
+import json
+from contextlib import ExitStack
+
+import flashconv as fc
+import flashconv.functional as F
+import flashconv.gpu
+import mlx.core as mx
+import pytest
+from flashconv.algorithms import choice, derivatives, gpu, native
+from flashconv.algorithms.native import as_convolution
+from flashconv.algorithms.record import as_on
+from flashconv.arithmetic import conv_geometry
+
+BACKENDS = "metal", "cuda"
+
+
+@pytest.fixture(autouse=True)
+def winners_file(tmp_path, monkeypatch):
+    "What the owner of this machine has measured does not count."
+    file = tmp_path / "winners.json"
+    for module in (gpu, flashconv.gpu): monkeypatch.setattr(module, "winners_file", lambda: file)
+    choice._rule.cache_clear()
+    yield file
+    choice._rule.cache_clear()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    "The choice is made as on one of them."
+    with mx.stream(mx.cpu), as_on(request.param): yield request.param
+
+
+# Numbers ---------------------------------------------------------------------------------------
+
+CASES, PARTS = 60, 3
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_cases(torch, backend, part):
+    "Calls and layers at random, with gradients, vmap, jvp and compile: as PyTorch, see test_random.py."
+    from fuzz import command, draw
+    from judge import verdict
+    for number in range(10_000 + part, 10_000 + CASES, PARTS):
+        case = draw(1, number)
+        _, failure = verdict({key: case[key] for key in case if key != "algorithm"})
+        assert failure is None, f"{failure}\n{command(case)}"
+
+
+def test_the_back_end_is_an_argument():
+    "Nested, and over at the end of the block; the fast path of CPUs does not overlook it."
+    def algorithm():
+        run = fc.explain(fc.ConvTranspose2d(4, 4, 4, 2), (1, 4, 9, 9))[0]
+        return run.algorithm
+    with mx.stream(mx.cpu):
+        before = algorithm()
+        with as_on("metal"):
+            assert algorithm() == "spread"
+            with as_on("cpu"): assert algorithm() == before
+        assert algorithm() == before
+        with as_on("metal"):
+            assert not choice.follows_rule()
+            y = F.conv_transpose2d(mx.ones((1, 1, 2, 2)), mx.ones((1, 1, 2, 2)), stride=2)
+    assert mx.all(y == 1)
+
+
+# Counts ----------------------------------------------------------------------------------------
+
+DENSE = {  # channels in and out, size, kernel, then numbers of the call
+    "1x1": (64, 32, (20, 20), (1, 1), {}),
+    "1x1 strided": (64, 32, (20, 20), (1, 1), {"stride": 2}),
+    "3x3": (64, 32, (20, 20), (3, 3), {"padding": 1}),
+    "3x3 strided": (64, 32, (20, 20), (3, 3), {"padding": 1, "stride": 2}),
+    "3x3 dilated": (64, 32, (20, 20), (3, 3), {"padding": 2, "dilation": 2}),
+    "stem": (3, 64, (56, 56), (7, 7), {"padding": 3, "stride": 2}),
+    "1d": (64, 32, (100,), (5,), {"padding": 2}),
+    "1d strided": (64, 32, (100,), (5,), {"padding": 2, "stride": 4}),
+    "transposed k4 s2": (64, 32, (20, 20), (4, 4), {"padding": 1, "stride": 2, "transposed": True}),
+    "transposed k3 s2 and more": (64, 32, (20, 20), (3, 3), {
+        "padding": 1, "stride": 2, "transposed": True, "output_padding": 1}),
+    "transposed k2 s2": (64, 32, (20, 20), (2, 2), {"stride": 2, "transposed": True}),
+    "transposed 3x3": (64, 32, (20, 20), (3, 3), {"padding": 1, "transposed": True}),
+    "transposed 1d": (64, 32, (100,), (16,), {"padding": 4, "stride": 8, "transposed": True})}
+
+
+def geometry(row, batch, last, groups=1):
+    "Input, weight and geometry of a row."
+    channels, outputs, size, kernel, kw = row
+    ones = (1,) * len(size)
+    def each(name, default): return tuple(n * kw.get(name, default) for n in ones)
+    transposed = kw.get("transposed", False)
+    first, second = (channels, outputs) if transposed else (outputs, channels)
+    shape = (batch, *size, channels) if last else (batch, channels, *size)
+    weight = (first, second // groups, *kernel)
+    g = conv_geometry("conv", shape, weight, None, each("stride", 1), each("padding", 0),
+                      each("dilation", 1), groups, each("output_padding", 0) if transposed else None,
+                      last)
+    return mx.zeros(shape), mx.zeros(weight), g
+
+
+def launched(x, w, g):
+    "What a convolution launches and copies, and the form that it has."
+    if g.transposed and max(g.stride) == 1:
+        plain = as_convolution(x, w, g)[2]
+        name, _ = choice.choose(plain, as_convolution(x, w, g)[1].shape, x.dtype)
+        def run(x, w): return choice.ALGORITHMS[name].run(*as_convolution(x, w, g))
+    else:
+        name, _ = choice.choose(g, w.shape, x.dtype)
+        def run(x, w): return choice.ALGORITHMS[name].run(x, w, g)
+    return gpu.counted(run, x, w), name
+
+
+def launched_for_weight(x, w, g):
+    "The same for the gradient of its weight."
+    name, _ = choice.choose_for_weight(g, w.shape, x.dtype)
+    def run(x, c): return choice.FOR_WEIGHTS[name].run(x, c, g)
+    return gpu.counted(run, x, mx.zeros(g.output_shape)), name
+
+
+@pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
+@pytest.mark.parametrize("name", DENSE)
+def test_one_launch(backend, name, last):
+    """Forward and input gradient of each layer in one group, in one or two axes.
+
+    Channels first two copies, of input and weight; channels last no copy of a feature map, but for
+    what a 1x1 layer reads of it in steps.
+    """
+    x, w, g = geometry(DENSE[name], 8, last)
+    back = derivatives._back(g, x.shape)
+    for arrays in ((x, w, g), (mx.zeros(g.output_shape), w, back)):
+        counts, form = launched(*arrays)
+        assert counts.kernels == 1, (form, counts)
+        sliced = x.nbytes // 4 if name == "1x1 strided" else 0
+        if last: assert counts.nbytes <= w.nbytes + sliced, (form, counts)
+        else: assert counts.copies <= 2, (form, counts)
+
+
+@pytest.mark.parametrize("batch", (1, 32))
+@pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dozen_launches_for_a_weight(backend, name, last, batch):
+    "At any batch size, copies included; each array is copied twice at most, or a window of it once."
+    x, w, g = geometry(DENSE[name], batch, last)
+    counts, form = launched_for_weight(x, w, g)
+    assert counts.kernels + counts.copies <= 12, (form, counts)
+
+
+@pytest.mark.parametrize("kernel, padding", (((3, 3), 1), ((7, 7), 3)))
+def test_grouped_weights(backend, kernel, padding):
+    "Depthwise: slices are views, and one array holds them all."
+    x, w, g = geometry((32, 32, (28, 28), kernel, {"padding": padding}), 4, False, groups=32)
+    counts, form = launched_for_weight(x, w, g)
+    assert form == "rows" and counts.kernels + counts.copies <= 12, counts
+
+
+@pytest.mark.parametrize("groups", (1, 2))
+def test_volumes(backend, groups):
+    "One launch, halves too, or one for each tap of the depth where there are groups."
+    x, w, g = geometry((4, 6, (5, 9, 9), (3, 3, 3), {"padding": 1}), 2, True, groups)
+    counts, form = launched(x, w, g)
+    assert (form, counts.kernels) == (("volume", 1) if groups == 1 else ("native", 3 + 2))
+    assert choice.choose(g, w.shape, mx.float16)[0] == ("volume" if groups == 1 else "matmul")
+
+
+def test_transposed_volumes_and_groups(backend):
+    "What Metal has no kernel for, and what neither has one for."
+    x, w, g = geometry((4, 6, (5, 5, 5), (3,) * 3, {"stride": 2, "transposed": True}), 2, False)
+    assert launched(x, w, g)[1] == ("overlap_add" if backend == "metal" else "spread")
+    x, w, g = geometry((4, 6, (9, 9), (3,) * 2, {"stride": 2, "transposed": True}), 2, False, 2)
+    counts, form = launched(x, w, g)
+    assert form == "phases" and counts.kernels == 1 + 4 + 4  # zeros; for a phase a convolution, and its place
+
+
+def test_depthwise_rows_are_padded_first(backend):
+    "MLX's kernel for them takes no padding."
+    x, w, g = geometry((16, 16, (100,), (31,), {"padding": 15}), 2, True, groups=16)
+    graph = []
+    mx.export_function(graph.append, lambda x, w: native.native(x, w, g), x, w)
+    (convolution,) = (step for step in graph if step.get("name") == "Convolution")
+    assert convolution["arguments"][1:3] == [[0], [0]]
+    assert [step["name"] for step in graph if step.get("name") == "Pad"] == ["Pad"]
+
+
+def test_a_chain_keeps_its_layout(backend):
+    "Channels first, with a bias and an activation between: the weights are copied, no feature map."
+    w, bias, g = mx.zeros((64, 64, 3, 3)), mx.zeros(64), geometry(DENSE["3x3"], 8, False)[2]
+    def chain(x):
+        x = mx.moveaxis(x, -1, 1)  # as another layer left it
+        for _ in range(2):
+            x = derivatives.add_bias(native.native(x, w, g), bias, False)
+            x = mx.maximum(x, 0)
+        return x
+    counts = gpu.counted(chain, mx.zeros((8, 20, 20, 64)))
+    assert counts.copies == 2 and counts.nbytes == 2 * w.nbytes
+
+
+# Hazards ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", (mx.float32, mx.float16, mx.bfloat16), ids=str)
+@pytest.mark.parametrize("size, kernel, avoided", (
+    ((64, 64), 3, True), ((63, 63), 3, False), ((64, 64), 5, False)))
+def test_winograd_is_avoided_in_halves(size, kernel, avoided, dtype):
+    "On Metal, where MLX would take it, and with the same numbers."
+    padding = {"padding": kernel // 2}
+    x, w, g = geometry((128, 128, size, (kernel, kernel), padding), 1, True)
+    graph = []
+    with as_on("metal"):
+        mx.export_function(graph.append, lambda x, w: native.native(x, w, g), x.astype(dtype),
+                           w.astype(dtype))
+    (convolution,) = (step for step in graph if step.get("name") == "Convolution")
+    assert convolution["arguments"][-1] is (avoided and dtype != mx.float32)
+
+
+def test_a_flipped_kernel_gives_the_same():
+    "Turned around, and said to be."
+    x, w, g = geometry((128, 128, (64, 64), (3, 3), {"padding": 1}), 1, True)
+    x, w = (mx.random.normal(a.shape).astype(mx.float16) * 0.1 for a in (x, w))
+    right = native.native(x, w, g)
+    with as_on("metal"): flipped = native.native(x, w, g)
+    assert mx.allclose(flipped, right, atol=1e-2)
+
+
+def test_what_32_bits_do_not_count():
+    "MLX's convolution would read elsewhere, so it isn't asked."
+    one = mx.broadcast_to(mx.array(1.0), (1, 1, 2**17, 2**15))
+    for name in BACKENDS:
+        with as_on(name):
+            runs = fc.explain(lambda x: F.conv2d(one, mx.ones((1, 1, 3, 3)), stride=4096), (1,))
+        assert [run.algorithm for run in runs] == ["matmul", "overlap_add", "rows"]
+
+
+def test_two_strides_in_one_process():
+    "CUDA's graphs are looked up without the stride: the second one does not share the first one's."
+    x, w = mx.random.normal((1, 3, 7, 7)), mx.random.normal((3, 2, 4, 4))
+    with mx.stream(mx.cpu), ExitStack() as stack:
+        stack.enter_context(as_on("cuda"))
+        graphs = []
+        for stride in (2, 3, 2):
+            def run(x, w): return gpu.spread(x, w, conv_geometry(
+                "t", x.shape, w.shape, None, (stride,) * 2, (1, 1), (1, 1), 1, (0, 0)))
+            mx.export_function(graphs.append, run, x, w)
+    spreads = [step["arguments"][4] for step in graphs if step.get("name") == "Convolution"]
+    assert spreads == [[2, 2], [2, 2]]  # the one between is composed of products
+
+
+# Measured --------------------------------------------------------------------------------------
+
+def test_the_command_runs_on_a_cpu(capsys, winners_file):
+    "It checks, times, prints a block, keeps the winners, and the choice reads them."
+    assert flashconv.gpu.main(["--device", "cpu", "--seconds", "0.1", "--layers", "one place"]) == 0
+    out, bar = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith("flashconv.gpu: ") and len(lines) == 1 + 16 and "WRONG" not in out
+    assert "[####" in bar
+    kept = json.loads(winners_file.read_text())
+    assert len(kept) == 16 and set(kept.values()) <= {*choice.ALGORITHMS, *choice.FOR_WEIGHTS}
+    (layer,) = [each for each in flashconv.gpu.LAYERS if "one place" in each.name]
+    _, weight, g = flashconv.gpu.geometry_of(layer, 1, True)
+    with mx.stream(mx.cpu), as_on("metal"):
+        kind = gpu.kind_of(choice.call_of(g, weight, mx.float32))
+        for name in ("matmul", "places"):
+            winners_file.write_text(json.dumps(kept | {kind: name}))
+            gpu._winners.cache_clear()
+            choice._rule.cache_clear()
+            assert choice.choose(g, weight, mx.float32) == (name, "the fastest when measured here")
+
+
+@pytest.mark.parametrize("text", ("", "[]", "{\"a\": 1}", "not json", None))
+def test_a_file_of_winners_that_is_none(winners_file, text):
+    "The rule decides."
+    if text is not None: winners_file.write_text(text)
+    gpu._winners.cache_clear()
+    x, w, g = geometry(DENSE["transposed k4 s2"], 1, False)
+    with as_on("metal"): assert choice.choose(g, w.shape, x.dtype)[0] == "spread"
+
+
+def test_winners_that_are_not_defined(winners_file):
+    "A name that there is not, or that is not for the call."
+    x, w, g = geometry(DENSE["transposed k4 s2"], 1, False)
+    for name in ("winograd", "matmul"):
+        with as_on("metal"):
+            kind = gpu.kind_of(choice.call_of(g, w.shape, x.dtype))
+            winners_file.write_text(json.dumps({kind: name}))
+            gpu._winners.cache_clear()
+            choice._rule.cache_clear()
+            assert choice.choose(g, w.shape, x.dtype)[0] == "spread"
+
+
+def test_what_is_wrong_wins_nothing(monkeypatch):
+    "It is reported with its error."
+    wrong = choice.ALGORITHMS["spread"]._replace(run=lambda x, w, g: 1.01 * gpu.spread(x, w, g))
+    monkeypatch.setitem(choice.ALGORITHMS, "spread", wrong)
+    layer = flashconv.gpu.Layer("t", (4, 6), (7, 7), (4, 4), 2, 1, 1, True)
+    with mx.stream(mx.cpu), as_on("metal"):
+        found = flashconv.gpu.measure((layer, 2, True, mx.float32, False), 0.01)
+    assert set(found.wrong) == {"spread"} and found.wrong["spread"] > 1
+    assert "spread" not in found.times and "WRONG: spread (" in flashconv.gpu.report([found])
+
+
+def test_every_layer_stands_for_a_kind():
+    "All of them can be measured, and each form that the rule takes is among the rivals."
+    with as_on("metal"):
+        for layer in flashconv.gpu.LAYERS:
+            for case in ((1, False, mx.float32, False), (1, True, mx.float16, True)):
+                _, today, runs, *_ = flashconv.gpu.rivals(layer, *case)
+                assert today in runs, (layer.name, today)
+
+
+def test_without_a_gpu_it_says_so():
+    "And what can be done; a layer that there is not ends it, too."
+    if not mx.is_available(mx.gpu): assert "MLX has no GPU here" in flashconv.gpu.main([])
+    assert "no layer is called" in flashconv.gpu.main(["--device", "cpu", "--layers", "5d"])
