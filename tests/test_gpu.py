@@ -277,7 +277,7 @@ def test_a_file_of_winners_that_is_none(winners_file, text):
 def test_winners_that_are_not_defined(winners_file):
     "A name that there is not, or that is not for the call."
     x, w, g = geometry(DENSE["transposed k4 s2"], 1, False)
-    for name in ("winograd", "matmul"):
+    for name in ("winograd", "matmul", ["spread"], None):
         with as_on("metal"):
             kind = gpu.kind_of(choice.call_of(g, w.shape, x.dtype))
             winners_file.write_text(json.dumps({kind: name}))

@@ -163,8 +163,9 @@ def measured(
     part: str = "convolution",  # or "weight gradient"
 ) -> tuple | None:  # name, reason
     "What was the fastest for this kind of call on this device; None where nobody has measured."
-    record = algorithms.get(_winners(winners_file()).get(kind_of(call, part)))
-    if record and record.is_defined(call): return record.name, "the fastest when measured here"
+    record = algorithms.get(str(_winners(winners_file()).get(kind_of(call, part))))
+    if record and record.is_defined(call) and call.can_be_counted:
+        return record.name, "the fastest when measured here"
 
 # %% ../../nbs/algorithms/gpu.ipynb #975bf0e7
 class Counts(NamedTuple):

@@ -159,12 +159,13 @@ def _cost(call):
         return call.products * (_LOOP + _ROW / g.kernel_size[-1])
     if call.n_places < call.n_taps and call.seen > _MOST_COLUMNS: return inf
     copied = _COLUMN * call.seen if call.n_taps > 1 else 0
-    return products + copied + A_STEP + (0 if g.channels_last else _REORDERED * _in_order(call))
+    return products + copied + A_STEP + _REORDERED * _in_order(call)
 
 # %% ../../nbs/algorithms/native.ipynb #b55f191c
 def _in_order(call):
-    "Values of input, weight and output, of which MLX needs copies that have their channels last."
-    return call.inputs + prod(call.weight_shape) + prod(call.g.output_shape)
+    "Values of weight, input and output, of which MLX needs copies that have their channels last."
+    weights = prod(call.weight_shape) if call.weight_shape[1] > 1 else 0
+    return weights + (0 if call.g.channels_last else call.inputs + prod(call.g.output_shape))
 
 NATIVE = Algorithm("native", native, _is_defined, _cost, held_in_tiles(lambda call: call.seen),
                    "the fewest copies, in one operation")
