@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import Empty, Queue
 from random import Random
 from threading import Thread, local
@@ -234,10 +235,11 @@ class Worker:
 
 
 def use_architecture(architecture):
-    "Have the kernels of this process be those for another processor."
+    "Have the kernels of this process be those for another processor, and no others: two would mix."
     from flashconv.kernels import build, primitive
+    assert not primitive._is_settled
+    build.libraries = partial(build.libraries, architecture)
     assert primitive.available()
-    build.use(primitive._glue, build.libraries(architecture)[1])
 
 
 def force_threads(count):
@@ -251,9 +253,9 @@ def serve(architecture):
     "Judge the cases that come in, one per line."
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
+    if architecture: use_architecture(architecture)
     import conftest  # noqa: F401, its device and precision
     from judge import verdict
-    if architecture: use_architecture(architecture)
     for line in sys.stdin: print(json.dumps(verdict(json.loads(line))), file=answers, flush=True)
 
 

@@ -257,13 +257,8 @@ inline void zip(float* to, Vector a, Vector b) {
   store(to + WIDTH, interleave<1>(a, b, Lanes()));
 }
 
-// Phases in turns: element q * phases + f is place q of phase f, whose row is f * row_size away.
-FLASHCONV_NOINLINE inline void interleave_phases(float* to, const float* sums, int64_t row_size,
-                                                 int64_t phases, int64_t places) {
-  if (phases != 2 && phases != 4) {
-    store_turned(to, phases, sums, row_size, places, phases);
-    return;
-  }
+inline void zip_phases(float* to, const float* sums, int64_t row_size, int64_t phases,
+                       int64_t places) {
   for (int64_t i = 0; i < places; i += WIDTH) {
     Vector row[4];
     for (int f = 0; f < phases; f++) row[f] = load(sums + f * row_size + i);
@@ -275,6 +270,19 @@ FLASHCONV_NOINLINE inline void interleave_phases(float* to, const float* sums, i
     zip(here, interleave<0>(row[0], row[2], Lanes()), interleave<0>(row[1], row[3], Lanes()));
     zip(here + 2 * WIDTH, interleave<1>(row[0], row[2], Lanes()),
         interleave<1>(row[1], row[3], Lanes()));
+  }
+}
+
+// Phases in turns: element q * phases + f is place q of phase f, whose row is f * row_size away.
+FLASHCONV_NOINLINE inline void interleave_phases(float* to, const float* sums, int64_t row_size,
+                                                 int64_t phases, int64_t places) {
+  if (phases == 2 || phases == 4) {
+    zip_phases(to, sums, row_size, phases, places);
+  } else if (phases >= WIDTH) {
+    store_turned(to, phases, sums, row_size, places, phases);
+  } else {
+    for (int64_t f = 0; f < phases; f++)
+      for (int64_t i = 0; i < places; i++) to[i * phases + f] = sums[f * row_size + i];
   }
 }
 
