@@ -10,10 +10,10 @@ import mlx.core as mx
 
 from .algorithms.choice import follows_rule
 from .algorithms.derivatives import convolve
-from .arithmetic import as_int, as_ints, conv_geometry, is_channels_last
+from .arithmetic import as_int, as_ints, as_padding, conv_geometry, is_channels_last
 from .kernels import primitive
 from .padding import check_array, pad
-from .plain import convolve_plainly, is_plain
+from .plain import check_fixed, convolve_plainly, is_plain
 
 # %% ../nbs/03_functional.ipynb #f0228fcf
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64,
@@ -43,7 +43,7 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     if bias is not None: check_array(name, "bias", bias)
     if output_padding is not None: output_padding = as_ints(output_padding, n, "output_padding")
     channels_last = is_channels_last(data_format)
-    if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
+    padding = as_padding(padding, n)
     stride = as_ints(stride, n, "stride")
     g = conv_geometry(name, input.shape, weight.shape, None if bias is None else bias.shape,
                       stride, padding, as_ints(dilation, n, "dilation"), as_int(groups, "groups"),
@@ -51,7 +51,9 @@ def _convolution(name, n, input, weight, bias, stride, padding, dilation, groups
     _check_dtypes(name, input, weight, bias)
     batched = input.ndim == n + 2
     x = input if batched else input[None]
-    if is_plain(): y = convolve_plainly(x, weight, bias, g, stride)
+    if is_plain():
+        check_fixed(padding, stride)
+        y = convolve_plainly(x, weight, bias, g, stride)
     elif input.size == 0: y = mx.zeros(g.output_shape, input.dtype)
     else: y = convolve(x, weight, g, bias, force=True)
     return y if batched else mx.squeeze(y, 0)
@@ -64,7 +66,7 @@ def _conv(n):
         weight: mx.array,  # (out_channels, in_channels/groups, *kernel_size)
         bias: mx.array | None = None,  # (out_channels,)
         stride: int | tuple = 1,  # step between windows, per axis
-        padding: int | str | tuple = 0,  # zeros added to each side per axis, 'same' or 'valid'
+        padding: int | str | tuple = 0,  # zeros added to each side per axis, pairs, or a name
         dilation: int | tuple = 1,  # distance between neighbouring taps, per axis
         groups: int = 1,  # blocks of channels that don't see each other
         *,
@@ -83,14 +85,14 @@ def _conv_transpose(n):
         weight: mx.array,  # (in_channels, out_channels/groups, *kernel_size)
         bias: mx.array | None = None,  # (out_channels,)
         stride: int | tuple = 1,  # step between the stamps of neighbouring inputs, per axis
-        padding: int | tuple = 0,  # length cut off each side of the output, per axis
+        padding: int | tuple = 0,  # cut off each side per axis, pairs, or 'causal' in 1d
         output_padding: int | tuple = 0,  # length added at the end of the output, per axis
         groups: int = 1,  # blocks of channels that don't see each other
         dilation: int | tuple = 1,  # distance between neighbouring taps, per axis
         *,
         data_format: str = "channels_first",  # 'channels_last': (N, *spatial, channels)
     ) -> mx.array:  # (N, out_channels, *spatial), unbatched as the input is
-        if isinstance(padding, str):
+        if isinstance(padding, str) and padding != "causal":
             raise TypeError(f"{name}(): argument 'padding' must be tuple of ints, not str")
         if output_padding is None: output_padding = as_ints(None, n, "output_padding")
         return _convolution(name, n, input, weight, bias, stride, padding, dilation, groups,
@@ -102,9 +104,10 @@ def _conv_transpose(n):
 # %% ../nbs/03_functional.ipynb #b66aab12
 _DOC = """{what}, with PyTorch's arguments.
 
-All arrays have one dtype: floating point, complex64 or an integer. Raises `RuntimeError` in
-PyTorch's words for shapes and numbers that don't fit, `TypeError` for anything but arrays and
-ints, `NotImplementedError` for other dtypes.
+All arrays have one dtype: floating point, complex64 or an integer. Beyond PyTorch, `padding` may
+have pairs, ((before, after), ...), or be 'causal' or (not transposed) 'same_upper', 'same_lower'.
+Raises `RuntimeError` in PyTorch's words for shapes and numbers that don't fit, `TypeError` for
+anything but arrays, ints and pairs of them, `NotImplementedError` for other dtypes.
 Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.{name}.html>
 """
 

@@ -271,6 +271,8 @@ alone("others", "arithmetic.transposed_output_size", input_size=(8, 9), kernel_s
 alone("others", "arithmetic.output_padding_for", output_size=(16, 16), input_size=8, kernel_size=3,
       stride=2, padding=1, dilation=1)
 alone("others", "arithmetic.same_padding", kernel_size=(3, 4), dilation=2)
+alone("others", "arithmetic.same_upper_padding", input_size=(8, 9), kernel_size=3, stride=2,
+      dilation=1)
 alone("others", "arithmetic.is_channels_last", data_format="channels_last")
 alone("others", "dilation.insert_zeros", x=lambda: mx.ones((2, 3)), steps={1: 2})
 alone("others", "dilation.coverage", kernel_sizes=[3, 3], dilations=[1, 2])

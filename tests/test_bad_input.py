@@ -20,11 +20,12 @@ bad_input = importlib.import_module("bad_input")
 
 NOT_CALLED_BY_USERS = {  # public to other modules, which pass what has been checked
     "arithmetic": {"as_int", "is_one_of", "as_ints", "as_tuple", "check_limit", "conv_geometry",
-                   "Geometry", "ReceptiveField"},
+                   "Geometry", "ReceptiveField", "PADDINGS", "is_paired", "as_pairs", "as_padding",
+                   "kept_padding", "fixed_pair", "causal_rule"},
     "padding": {"check_array", "flip", "pad_axes"}, "blas": {"Info"}, "base": {"IncompatibleKeys"},
     "draw": {"Picture", "BLUE", "ORANGE", "CYAN", "INK", "GREY", "PAPER", "WIDTH", "HEIGHT",
              "FONT"},
-    "plain": {"refuse", "check_plain", "pad_plainly", "convolve_plainly"},
+    "plain": {"refuse", "check_plain", "pad_plainly", "convolve_plainly", "check_fixed"},
     "explain": {"Run", "Explanation"}}
 WITHOUT_ARGUMENTS = {"fast", "load", "info", "raise_cache_limit", "plain_operations", "is_plain"}
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..arithmetic import as_ints, same_padding
+from ..arithmetic import _cut, as_ints, as_padding, fixed_pair, is_paired
 from ..base import _places
 from ..conv import Conv1d, Conv2d, Conv3d
 from ..lazy import (
@@ -411,10 +411,11 @@ def to_torch(
     PyTorch's layer takes channels first also where `layer` takes them last; the parameters are the
     same. Keeps dtype, training mode, what is frozen and what a subclass or others have added:
     arrays (frozen ones become buffers) and plain attributes, not `device`. Raises `ImportError`
-    without PyTorch, `TypeError` for other types, `ValueError` for subclasses that replace a method
-    and for layers in `layer`.
+    without PyTorch, `TypeError` for other types, `ValueError` for subclasses that replace a method,
+    for layers in `layer` and for padding that PyTorch has not.
     """
     cls = _class_of(layer, "flashconv", _OURS)
+    _refuse(f"{type(layer).__name__} can't be converted", _unpadded(layer))
     try: import torch
     except ImportError as error:
         raise ImportError("to_torch needs PyTorch: pip install flashconv[torch]") from error
@@ -426,6 +427,14 @@ def to_torch(
         setattr(theirs, name, _to_parameter(array, torch, name not in layer._no_grad))
     _refuse(f"{type(layer).__name__} can't be converted", _add_to_torch(theirs, layer, torch))
     return theirs.train(layer.training)
+
+# %% ../../nbs/08_convert.ipynb #0300e051
+def _unpadded(layer):
+    "What padding of ours PyTorch's layers lack."
+    padding = layer.padding
+    if is_paired(padding) or isinstance(padding, str) and padding not in ("same", "valid"):
+        yield (f"padding={padding!r}, which PyTorch's layers have not (there, call "
+               "torch.nn.functional.pad before a layer without padding)")
 
 # %% ../../nbs/08_convert.ipynb #77868f6d
 def _add_to_torch(theirs, layer, torch):
@@ -484,12 +493,11 @@ def _carry(copied, layer, known, own):
 
 # %% ../../nbs/08_convert.ipynb #1357c9ba
 def _amounts(layer):
-    "What our layer pads before and after the input, per axis."
-    n = layer.num_spatial_dims
-    if layer.padding == "same":
-        return same_padding(layer.weight.shape[2:], as_ints(layer.dilation, n, "dilation"))
-    padding = 0 if layer.padding == "valid" else layer.padding
-    return tuple((p, p) for p in as_ints(padding, n, "padding"))
+    "What our layer pads before and after the input, or cuts off its output, per axis."
+    n, kernel, padding = layer.num_spatial_dims, layer.weight.shape[2:], layer.padding
+    stride, dilation = (as_ints(getattr(layer, name), n, name) for name in ("stride", "dilation"))
+    each = (padding,) * n if isinstance(padding, str) else as_padding(padding, n)
+    return tuple(map(_cut if layer.transposed else fixed_pair, each, kernel, stride, dilation))
 
 def _mlx_numbers(layer):
     "Kernel and numbers as mlx.nn takes them: ints in 1d, else tuples."
@@ -511,7 +519,8 @@ def _lacking(layer):
         yield f"padding_mode={layer.padding_mode!r}, where mlx.nn pads with zeros"
     if min(map(min, amounts)) < 0: yield f"padding={layer.padding}, which crops there"
     if any(before != after for before, after in amounts):
-        yield f"padding='same' as {amounts}, where mlx.nn adds as much before as after"
+        yield (f"padding={layer.padding!r} as {amounts}, where mlx.nn "
+               f"{'cuts' if layer.transposed else 'adds'} as much before as after")
     if dtype == mx.complex64: yield "complex64, which MLX does not convolve"
     if dtype == mx.float64: yield "float64, which MLX convolves as float32 or not at all"
     if 0 in layer.weight.shape:
@@ -520,9 +529,10 @@ def _lacking(layer):
 # %% ../../nbs/08_convert.ipynb #0f7cd387
 def _wrong(layer):
     "Where MLX's transposed layer would differ from ours."
-    n, names = layer.num_spatial_dims, ("stride", "padding", "dilation", "output_padding")
+    n, names = layer.num_spatial_dims, ("stride", "dilation", "output_padding")
     numbers = (as_ints(getattr(layer, name), n, name) for name in names)
-    for kernel, stride, padding, dilation, after in zip(layer.weight.shape[2:], *numbers):
+    cuts = (max(pair) for pair in _amounts(layer))
+    for kernel, padding, stride, dilation, after in zip(layer.weight.shape[2:], cuts, *numbers):
         reach = dilation * (kernel - 1)
         if not 0 <= after < max(stride, dilation):
             yield f"output_padding={after}, which must be smaller than either stride or dilation"
