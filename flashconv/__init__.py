@@ -18,6 +18,8 @@ from flashconv.lazy import (
 from flashconv.plain import plain_operations
 from flashconv.transposed import (
     ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _ConvTransposeNd)
+from flashconv.parametrizations import (
+    fold_weight_norm, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm)
 
 # What the import does to the process; a library that has flashconv inside can set "off".
 _effects = os.environ.get("FLASHCONV_EFFECTS") or "on"
@@ -33,5 +35,6 @@ __all__ = [
     "LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize",
     "from_torch", "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state",
     "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm",
-    "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations", "_ConvNd",
+    "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations", "weight_norm",
+    "remove_weight_norm", "spectral_norm", "remove_spectral_norm", "fold_weight_norm", "_ConvNd",
     "_ConvTransposeNd"]

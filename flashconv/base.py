@@ -267,6 +267,19 @@ def state_dict(
         raise TypeError(f"prefix must be a str, but got {type(prefix).__name__}")
     return {prefix + name: _from_place(place) for name, place in _state_places(self).items()}
 
+# %% ../nbs/04_base.ipynb #9685af6b
+_OLD_NAMES = {"original0": "_g", "original1": "_v", "original": "_orig", "0._u": "_u", "0._v": "_v"}
+
+def _under_new_names(state, places):
+    "A state with PyTorch's names of today for the parts of a weight that a model has."
+    state = dict(state)
+    for name in places:
+        match = re.fullmatch(r"(.*?)parametrizations\.([^.]+)\.(.+)", name)
+        if match is None or name in state: continue
+        old = match[1] + match[2] + _OLD_NAMES.get(match[3], "")
+        if old in state: state[name] = state.pop(old)
+    return state
+
 # %% ../nbs/04_base.ipynb #2f420614
 class IncompatibleKeys(NamedTuple):
     "What `load_state_dict` found, as in PyTorch."
@@ -290,6 +303,7 @@ def load_state_dict(
     if not hasattr(state_dict, "items"):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.")
     mine = _state_places(self)
+    state_dict = _under_new_names(state_dict, mine)
     keys = IncompatibleKeys([name for name in mine if name not in state_dict],
                             [name for name in state_dict if name not in mine])
     present = {name: value for name, value in state_dict.items() if name in mine}
@@ -302,6 +316,16 @@ def load_state_dict(
         place = mine[name]
         place.put(_to_place(value if assign else value.astype(place.array.dtype), place))
     return keys
+
+# %% ../nbs/04_base.ipynb #e59a1ac5
+class _Frozen(set):
+    "The names that are frozen in a module, which `unfreeze()` clears but for the buffers."
+
+    def __init__(self, names=(), buffers=()):
+        super().__init__((*names, *buffers))
+        self.buffers = frozenset(buffers)
+
+    def clear(self): self.intersection_update(self.buffers)
 
 # %% ../nbs/04_base.ipynb #2e825c39
 def _key_errors(keys):

@@ -18,9 +18,10 @@ from fastcore.basics import patch
 from .. import functional
 from ..arithmetic import as_tuple, is_channels_last
 from ..base import _UNNAMED, _ConvNd, _state_places
-from .layers import (
+from flashconv.convert.layers import (
     _OURS, _Memory, _as_array, _attributes, _bare, _class_of, _extras, _fill, _hang_attributes,
-    _mapped, _misnomer, _refuse, _replaced, _ties, _unlike)
+    _mapped, _misnomer, _norms_of, _parts, _refuse, _replaced, _ties, _unlike, _with_norms,
+    _without_norms)
 from .leaves import _LEAVES, _Equal, _Formatted, _need, _of
 
 # %% ../../nbs/13_models.ipynb #b14b4b56
@@ -352,6 +353,7 @@ class _Walk:
     def convert(self, theirs, path):
         "What `theirs` becomes; what stands in its way is in the rows."
         if id(theirs) in self.made: return self.again(theirs, path)
+        if norms := _norms_of(theirs): return self.normed(theirs, path, norms)
         make = self.maker(theirs)
         stacks = (self.sequence, self.collection, self.values)
         self.rows.append(row := _Row(path, theirs, make in stacks))
@@ -382,6 +384,22 @@ def unregistered(self: _Walk, theirs, path):
     "What a layer in an attribute becomes, which may be a layer of the network or not."
     self.seen, self.flow = None, "held"
     return self.convert(theirs, path)
+
+# %% ../../nbs/13_models.ipynb #c1b7cecf
+@patch
+def normed(self: _Walk, theirs, path, norms):
+    "What a layer with weight or spectral norm becomes."
+    row_number, plain = len(self.rows), _without_norms(theirs, norms)
+    ours = self.made[id(theirs)] = self.convert(plain, path)
+    row = self.rows[row_number]
+    for name, tensor in ((name, t) for of in norms for name, t in _parts(theirs, of).items()):
+        for other in self.memory.shared(tensor, f"{path}.{name}".lstrip("."), True):
+            row.reasons.append(f"its {name} is also {other}, and copies would not stay tied")
+    if not isinstance(ours, (_ConvNd, nn.Linear)) and not row.reasons:
+        row.reasons.append(f"its {', '.join(norms)} has a norm, which only convolutions and linear "
+                           "layers have here")
+    if not row.reasons: _with_norms(ours, theirs, norms)
+    return ours
 
 # %% ../../nbs/13_models.ipynb #4f1b1ee9
 def _class_name(layer, reasons=()):
