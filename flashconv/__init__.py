@@ -12,6 +12,7 @@ from flashconv.conv import Conv1d, Conv2d, Conv3d
 from flashconv.convert import (
     conversion_report, convert_model, downgrade, from_mlx, from_torch, load_mlx_weights,
     load_torch_state, save_torch_state, to_mlx, to_torch, to_torch_state, upgrade)
+from flashconv.folding import fold_batch_norm, folding_report
 from flashconv.lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
     LazyConvTranspose3d, materialize)
@@ -36,5 +37,6 @@ __all__ = [
     "from_torch", "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state",
     "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm",
     "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations", "weight_norm",
-    "remove_weight_norm", "spectral_norm", "remove_spectral_norm", "fold_weight_norm", "_ConvNd",
+    "remove_weight_norm", "spectral_norm", "remove_spectral_norm", "fold_weight_norm", "fold_batch_norm",
+    "folding_report", "_ConvNd",
     "_ConvTransposeNd"]

@@ -22,7 +22,9 @@ from flashconv.convert.layers import (
     _OURS, _Memory, _as_array, _attributes, _bare, _class_of, _extras, _fill, _hang_attributes,
     _mapped, _misnomer, _norms_of, _parts, _refuse, _replaced, _ties, _unlike, _with_norms,
     _without_norms)
+from ..folding import fold_batch_norm
 from .leaves import _LEAVES, _Equal, _Formatted, _need, _of
+from ..parametrizations import fold_weight_norm
 
 # %% ../../nbs/13_models.ipynb #b14b4b56
 def _along(layer):
@@ -679,20 +681,23 @@ def convert_model(
     *,
     data_format: str = "channels_first",  # of the result's input: 'channels_last' is faster
     modules: dict | None = None,  # class with a forward of its own -> mlx.nn.Module with __call__
+    fold: bool = False,  # whether convolutions take in the BatchNorms behind them, and other norms
 ) -> nn.Module:  # the same network, of our layers and mlx.nn's
     """PyTorch's network as one of MLX, with a copy of parameters, buffers and plain attributes.
 
     What PyTorch's state holds, `to_torch_state` gives for the result, and nothing else. Dtypes,
     modes and what is frozen stay, and so does `model`. Channels last, inputs and outputs are
     `(N, *spatial, C)`. An object of a class in `modules` is made without its constructor. It draws
-    from `mx.random`. Raises `ValueError` that lists all layers that can't be converted and why,
-    `TypeError` for what is no module.
+    from `mx.random`. With `fold`, `fold_weight_norm` and `fold_batch_norm` are applied to the result.
+    Raises `ValueError` that lists all layers that can't be converted and why, `TypeError` for what is
+    no module.
     """
+    if not isinstance(fold, bool): raise TypeError(f"fold must be a bool, but got {fold!r}")
     ours, report = _walked(model, data_format, modules)
     if refused := [str(row) for row in report if row.reasons]:
         raise ValueError(f"{len(refused)} of {len(report)} layers can't be converted:\n\t"
                          + "\n\t".join(refused))
-    return ours
+    return fold_batch_norm(fold_weight_norm(ours)) if fold else ours
 
 # %% ../../nbs/13_models.ipynb #c67626df
 def conversion_report(
