@@ -8,6 +8,7 @@ __all__ = ['IncompatibleKeys']
 # %% ../nbs/04_base.ipynb #4cb49e1a
 import re
 from contextlib import nullcontext
+from contextvars import ContextVar
 from math import prod, sqrt
 from typing import NamedTuple
 
@@ -168,6 +169,9 @@ def _kept(self: _ConvNd, name):
     "An attribute. mlx.nn keeps tuples in the module, a dict, where they are found sooner."
     value = self.get(name)
     return getattr(self, name) if value is None else value
+
+# %% ../nbs/04_base.ipynb #52a0450e
+_stream = ContextVar("stream", default=None)  # a function of layer and input, or None
 
 # %% ../nbs/04_base.ipynb #58695dca
 @patch

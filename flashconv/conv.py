@@ -11,7 +11,7 @@ from fastcore.basics import patch
 
 from . import functional
 from .arithmetic import as_ints, as_tuple, is_one_of, kept_padding
-from .base import _ConvNd
+from .base import _ConvNd, _stream
 from .padding import check_array
 from .plain import check_fixed, is_plain
 
@@ -75,6 +75,7 @@ def __call__(
     input: mx.array,  # (N, in_channels, *spatial) or (in_channels, *spatial)
 ) -> mx.array:  # (N, out_channels, *spatial), unbatched as the input is
     "Convolve. Raises `RuntimeError`, in PyTorch's words, for an input that does not fit."
+    if (stream := _stream.get()) is not None: return stream(self, input)
     if self.device is None: return self._conv_forward(input, self.weight, self.bias)
     with self._on_device(): return self._conv_forward(input, self.weight, self.bias)
 

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from . import functional
 from .arithmetic import (
     as_ints, as_padding, as_tuple, is_one_of, kept_padding, transposed_output_size)
-from .base import _ConvNd
+from .base import _ConvNd, _stream
 from .padding import check_array
 from .plain import is_plain, refuse
 
@@ -132,6 +132,7 @@ def __call__(
     output_size: tuple | None = None,  # sizes wanted, in place of `output_padding`
 ) -> mx.array:  # (N, out_channels, *spatial), unbatched as the input is
     "Convolve, transposed. Raises `RuntimeError` or `ValueError`, in PyTorch's words."
+    if output_size is None and (stream := _stream.get()) is not None: return stream(self, input)
     n = self.num_spatial_dims
     conv = (functional.conv_transpose1d, functional.conv_transpose2d,
             functional.conv_transpose3d)[n - 1]
