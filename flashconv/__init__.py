@@ -21,6 +21,7 @@ from flashconv.transposed import (
     ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _ConvTransposeNd)
 from flashconv.parametrizations import (
     fold_weight_norm, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm)
+from flashconv.unfold import Fold, Unfold
 
 # What the import does to the process; a library that has flashconv inside can set "off".
 _effects = os.environ.get("FLASHCONV_EFFECTS") or "on"
@@ -38,5 +39,5 @@ __all__ = [
     "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm",
     "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations", "weight_norm",
     "remove_weight_norm", "spectral_norm", "remove_spectral_norm", "fold_weight_norm", "fold_batch_norm",
-    "folding_report", "_ConvNd",
+    "folding_report", "Unfold", "Fold", "_ConvNd",
     "_ConvTransposeNd"]

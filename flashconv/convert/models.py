@@ -23,7 +23,7 @@ from flashconv.convert.layers import (
     _mapped, _misnomer, _norms_of, _parts, _refuse, _replaced, _ties, _unlike, _with_norms,
     _without_norms)
 from ..folding import fold_batch_norm
-from .leaves import _LEAVES, _Equal, _Formatted, _need, _of
+from .leaves import _FORMATTED, _LEAVES, _Equal, _Formatted, _need, _of
 from ..parametrizations import fold_weight_norm
 
 # %% ../../nbs/13_models.ipynb #b14b4b56
@@ -526,7 +526,7 @@ def bare_for(self: _Walk, cls, theirs):
 def instance(self: _Walk, equal, theirs):
     "The layer that stands for `theirs`, without its tensors."
     arguments = equal.arguments(theirs)
-    if issubclass(equal.cls, _Formatted): arguments["data_format"] = self.data_format
+    if issubclass(equal.cls, _FORMATTED): arguments["data_format"] = self.data_format
     return equal.cls(**arguments)
 
 # %% ../../nbs/13_models.ipynb #a79f71e0
@@ -569,7 +569,7 @@ def leaf(self: _Walk, theirs, path, row):
     tensors = [name for name in (*theirs._parameters, *theirs._buffers) if name in inner]
     row.reasons += _fill(inner, theirs, tensors)
     inner._training = theirs.training
-    if not (self.last or isinstance(inner, _Formatted)) and axes in ("channels", "spatial"):
+    if not (self.last or isinstance(inner, _FORMATTED)) and axes in ("channels", "spatial"):
         ours = ChannelsFirst(inner)
     else: ours = inner
     ours = self.flows(ours, theirs, known.__name__)
