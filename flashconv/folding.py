@@ -123,7 +123,7 @@ def _obstacle(layer, module, count):
            if getattr(type(layer), name, None) is not getattr(plain, name, None)]
     for wrong, reason in (
         (isinstance(layer, _Lazy), "the layer has no weight yet: call flashconv.materialize"),
-        (isinstance(layer, _Parametrized), "the weight is computed: call flashconv.fold_weight_norm"),
+        (isinstance(layer, _Parametrized), "the weight is computed: call fold_weight_norm"),
         (own, f"the layer replaces {', '.join(own)}"),
         (count[id(layer)] > 1 or count[id(module)] > 1, "one of them is used in several places"),
         (layer.data_format != data_format, f"the layer has {layer.data_format}, not the norm"),
@@ -157,7 +157,8 @@ def _plan(model, inputs):
     rows = [Folded(paths[id(layer)].path, paths[id(norm)].path, _obstacle(layer, norm, count)
                    or _IN_TUPLE * isinstance(paths[id(norm)].holder, tuple))
             for layer, norm in pairs.values()]
-    return [(layer, paths[id(norm)]) for layer, norm in pairs.values()], FoldingReport(rows), outputs
+    places = [(layer, paths[id(norm)]) for layer, norm in pairs.values()]
+    return places, FoldingReport(rows), outputs
 
 # %% ../nbs/22_folding.ipynb #88f7a395
 def folding_report(
@@ -176,12 +177,13 @@ def fold_batch_norm(
     """Let convolutions do the work of the BatchNorms behind them, for inference.
 
     Without inputs, pairs are looked for in sequences; with them, in a call, whose outputs must be
-    the same afterwards. `folding_report` says what stays and why. Raises `ValueError`, with the model
-    as it was, for norms in training and where folding would change the outputs; `TypeError` for what
-    is no module.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.fusion.fuse_conv_bn_eval.html>
+    the same afterwards. `folding_report` says what stays and why. Raises `ValueError`, with the
+    model as it was, for norms in training and where folding would change the outputs; `TypeError`
+    for what is no module.
+    Source: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
     """
-    if not isinstance(inplace, bool): raise TypeError(f"inplace must be a bool, but got {inplace!r}")
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace must be a bool, but got {inplace!r}")
     if not inplace and isinstance(model, nn.Module): model = copy.deepcopy(model)
     pairs, report, outputs = _plan(model, inputs)
     changes = [(layer, spot, *_folded(layer, _inner(spot.module)[0]))

@@ -39,7 +39,7 @@ class _WeightNorm(NamedTuple):
 
 # %% ../nbs/21_weight_norm.ipynb #97b351c7
 class _Parametrized:
-    "What lets a layer compute its weight from other arrays. Stands before its class among the bases."
+    "What lets a layer compute its weight from other arrays. Stands before its own class."
 
     def __call__(self, *args, **kwargs):
         "Call the layer. In training, spectral norm takes its steps first."
@@ -132,10 +132,10 @@ def weight_norm(
 ) -> nn.Module:  # `module` itself
     """Have a layer compute its weight as a length times a direction, which train in its place.
 
-    They are `parametrizations.weight.original0` and `original1`, as in PyTorch, whose states go both
-    ways. Raises `TypeError` for other modules, `IndexError` for an axis that the weight lacks,
+    They are `parametrizations.weight.original0` and `original1`, as in PyTorch, whose states go
+    both ways. Raises `TypeError` for other modules, `IndexError` for an axis that the weight lacks,
     `ValueError` for a name that isn't there, a weight that is parametrized, and lazy layers.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.parametrizations.weight_norm.html>
+    Source: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
     """
     weight = _check(module, name, "weight_norm")
     norm = _WeightNorm(_axis(dim, weight.ndim))
@@ -146,8 +146,8 @@ def _axis(dim, ndim):
     if dim is None: return -1
     dim = as_int(dim, "dim")
     if not -ndim <= dim < ndim:
-        raise IndexError(f"Dimension out of range (expected to be in range of [{-ndim}, {ndim - 1}], "
-                         f"but got {dim})")
+        raise IndexError("Dimension out of range (expected to be in range of "
+                         f"[{-ndim}, {ndim - 1}], but got {dim})")
     return dim + ndim if dim < -1 else dim
 
 # %% ../nbs/21_weight_norm.ipynb #13bb3e83
@@ -206,7 +206,7 @@ def spectral_norm(
     Draws from `mx.random`. The state has PyTorch's names, `parametrizations.weight.original` and
     `parametrizations.weight.0._u` and `_v`. Raises what `weight_norm` raises, and `ValueError` for
     less than one iteration and for a weight with one axis or of complex numbers.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.parametrizations.spectral_norm.html>
+    Source: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
     """
     weight = _check(module, name, "spectral_norm")
     if as_int(n_power_iterations, "n_power_iterations") < 1:

@@ -22,9 +22,10 @@ from .transposed import ConvTranspose1d, _ConvTranspose
 
 # %% ../nbs/20_streaming.ipynb #ea33ae81
 def _numbers(layer):
-    "Kernel's span, stride and the pair of padding of a 1d layer; a transposed one's pair is cut off."
+    "The kernel's span, the stride, and the pair of padding or of what is cut off."
     (kernel,), padding = layer.weight.shape[2:], as_padding(layer.padding, 1)
-    stride, dilation = (as_ints(getattr(layer, name), 1, name)[0] for name in ("stride", "dilation"))
+    (stride,), (dilation,) = (as_ints(getattr(layer, name), 1, name)
+                              for name in ("stride", "dilation"))
     padding = padding if isinstance(padding, str) else padding[0]
     of = _cut if layer.transposed else fixed_pair
     return effective_kernel_size(kernel, dilation), stride, of(padding, kernel, stride, dilation)
@@ -125,17 +126,17 @@ def _check_chunk(layer, x, state):
     check_array(f"{type(layer).__name__}.step", "input", x)
     check_array(f"{type(layer).__name__}.step", "state", state)
     if x.ndim not in (2, 3):
-        raise RuntimeError("Expected 2D (unbatched) or 3D (batched) input to step, but got input of "
-                           f"size: {list(x.shape)}")
+        raise RuntimeError("Expected 2D (unbatched) or 3D (batched) input to step, but got input "
+                           f"of size: {list(x.shape)}")
     axis, channel = (-2, -1) if layer.data_format == "channels_last" else (-1, -2)
     if x.shape[channel] != layer.in_channels:
-        raise RuntimeError(f"expected input{list(x.shape)} to have {layer.in_channels} channels, but "
-                           f"got {x.shape[channel]} channels instead")
+        raise RuntimeError(f"expected input{list(x.shape)} to have {layer.in_channels} channels, "
+                           f"but got {x.shape[channel]} channels instead")
     _, least, most = _kept(layer)
     fits = state.ndim == x.ndim and state.shape[channel] == layer.in_channels
     if not (fits and state.shape[:-2] == x.shape[:-2] and least <= state.shape[axis] <= most):
-        raise ValueError(f"expected a state of {type(layer).__name__} for input{list(x.shape)}, with "
-                         f"{least} to {most} samples, but got shape {list(state.shape)}; "
+        raise ValueError(f"expected a state of {type(layer).__name__} for input{list(x.shape)}, "
+                         f"with {least} to {most} samples, but got shape {list(state.shape)}; "
                          "initial_state(batch) makes the first one")
     for name, array in (("input", x), ("state", state)):
         if array.dtype != layer.weight.dtype:
@@ -154,7 +155,7 @@ def _step(layer, input, state):
 def step(
     self: Conv1d,
     input: mx.array,  # (N, in_channels, L) or (in_channels, L), any L, in the layer's format
-    state: mx.array,  # from `initial_state` or the step before; it stays as it is
+    state: mx.array,  # the first one, or the one of the step before; it stays as it is
 ) -> tuple:  # (N, out_channels, outputs that are complete), and the next state
     "The next outputs. Raises `ValueError` or `RuntimeError` for a state or chunk that doesn't fit."
     return _step(self, input, state)
@@ -163,7 +164,7 @@ def step(
 def step(
     self: ConvTranspose1d,
     input: mx.array,  # (N, in_channels, L) or (in_channels, L), any L, in the layer's format
-    state: mx.array,  # from `initial_state` or the step before; it stays as it is
+    state: mx.array,  # the first one, or the one of the step before; it stays as it is
 ) -> tuple:  # (N, out_channels, L * stride), and the next state
     "The next outputs. Raises `ValueError` or `RuntimeError` for a state or chunk that doesn't fit."
     return _step(self, input, state)
@@ -197,8 +198,8 @@ def initial_state(
 ) -> dict:  # path -> the state of that layer
     """The state of a model before the first chunk.
 
-    Raises `ValueError` naming the first layer that looks at later inputs or mixes samples in another
-    way, `TypeError` for what is no module.
+    Raises `ValueError` naming the first layer that looks at later inputs or mixes samples in
+    another way, `TypeError` for what is no module.
     """
     return {path: _initial(layer, batch) for path, layer in _streamed(model).items()}
 
@@ -210,8 +211,8 @@ def _streaming(layers, state, after):
     def call(layer, input):
         path = paths.get(id(layer))
         if path is None or path in after:
-            raise RuntimeError(f"{layer!r} is called twice in a step, and has one state: use a layer "
-                               "for each call")
+            raise RuntimeError(f"{layer!r} is called twice in a step, and has one state: use a "
+                               "layer for each call")
         token = _stream.set(None)
         try: y, after[path] = _step(layer, input, state[path])
         finally: _stream.reset(token)
@@ -224,7 +225,7 @@ def _streaming(layers, state, after):
 def step(
     model: nn.Module,  # what the state was made for
     input: mx.array,  # a chunk of any length
-    state: dict,  # from `initial_state` or the step before; it stays as it is
+    state: dict,  # the first one, or the one of the step before; it stays as it is
 ) -> tuple:  # what the model gives for the chunk, and the next state
     "The next outputs of a model. Raises what its layers raise, `ValueError` for another's state."
     layers = _streamed(model)

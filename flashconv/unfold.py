@@ -42,7 +42,8 @@ def _numbers(name, kernel_size, **others):
     numbers = {"kernel_size": as_ints(kernel_size, n, "kernel_size")}
     for argument, value in others.items():
         if isinstance(value, (tuple, list)) and len(value) != n:
-            raise RuntimeError(f"It is expected {argument} equals to {n}, but got size {len(value)}")
+            raise RuntimeError(f"It is expected {argument} equals to {n}, but got size "
+                               f"{len(value)}")
         numbers[argument] = as_ints(value, n, argument)
     for argument, lowest, rule in _LOWEST:
         if argument in numbers and min(numbers[argument]) < lowest:
@@ -64,8 +65,8 @@ def _check_input(input, ranks, axes):
     "Refuse other ranks, and sizes of 0 but for the batch."
     check_array("unfold or fold", "input", input)
     if input.ndim not in ranks or 0 in input.shape[-axes:]:
-        raise RuntimeError(f"Expected {ranks[0]}D or {ranks[1]}D (batch mode) tensor with possibly 0 "
-                           "batch size and other non-zero dimensions for input, but got: "
+        raise RuntimeError(f"Expected {ranks[0]}D or {ranks[1]}D (batch mode) tensor with possibly "
+                           "0 batch size and other non-zero dimensions for input, but got: "
                            f"{list(input.shape)}")
 
 # %% ../nbs/23_unfold.ipynb #ff42413f
@@ -92,9 +93,9 @@ def unfold(
     places = _places(x.shape[-n:], **numbers)
     if min(places) < 1:
         shown = ", ".join(f"{name}={value}" for name, value in numbers.items() if name != "stride")
-        raise RuntimeError(f"Given input with spatial size {x.shape[-n:]}, {shown}, calculated shape "
-                           f"of the array of sliding blocks as {places}, but its components must be "
-                           "at least one.")
+        raise RuntimeError(f"Given input with spatial size {x.shape[-n:]}, {shown}, calculated "
+                           f"shape of the array of sliding blocks as {places}, but its components "
+                           "must be at least one.")
     y = _unfolded(x if x.ndim == n + 2 else x[None], numbers, places)
     y = y.swapaxes(1, 2) if last else y
     return y if input.ndim == n + 2 else y[0]
@@ -123,8 +124,9 @@ def fold(
 ) -> mx.array:  # (N, C, *output_size), channels last (N, *output_size, C)
     """Columns added up where the windows of `unfold` lie, for one to three axes, every dtype.
 
-    Raises `RuntimeError` in PyTorch's words for sizes that don't fit, `TypeError` for anything but an
-    array and ints. Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.fold.html>
+    Raises `RuntimeError` in PyTorch's words for sizes that don't fit, `TypeError` for anything but
+    an array and ints.
+    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.fold.html>
     """
     last = is_channels_last(data_format)
     numbers = _numbers("fold", kernel_size, output_size=output_size, dilation=dilation,
@@ -147,8 +149,8 @@ def _check_columns(shape, size, numbers, places):
                            f"kernel_size, but got input.size(1)={rows} and kernel_size={kernel}.")
     if min(places) < 1 or columns != prod(places):
         shown = ", ".join(f"{name}={value}" for name, value in numbers.items())
-        raise RuntimeError(f"Given output_size={size}, {shown}, expected size of input's dimension 2 "
-                           "to match the calculated number of sliding blocks "
+        raise RuntimeError(f"Given output_size={size}, {shown}, expected size of input's dimension "
+                           "2 to match the calculated number of sliding blocks "
                            f"{' * '.join(map(str, places))} = {prod(places)}, but got "
                            f"input.size(2)={columns}.")
 

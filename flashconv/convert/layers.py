@@ -135,8 +135,8 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def _extras(layer, torch):
     "What a PyTorch layer does beyond its class, each with the way to be rid of it."
     for name in getattr(layer, "parametrizations", ()):
-        yield (f"its {name} is parametrized by other than one weight or spectral norm; call torch.nn."
-               f"utils.parametrize.remove_parametrizations(layer, {name!r})")
+        yield (f"its {name} is parametrized by other than one weight or spectral norm; call torch."
+               f"nn.utils.parametrize.remove_parametrizations(layer, {name!r})")
     own = torch.nn.modules.lazy.LazyModuleMixin._infer_parameters
     for hook in (hook for kind in _HOOKS for hook in vars(layer).get(kind, {}).values()):
         if getattr(hook, "__func__", None) is not own:
@@ -362,7 +362,7 @@ def from_torch(
 
 # %% ../../nbs/08_convert.ipynb #ee93b189
 def _norms_of(layer):
-    "The norms by which a layer of PyTorch's computes parameters, if there is nothing else: by name."
+    "The norms by which a layer of PyTorch's computes parameters; none if it has others, too."
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(layer, torch.nn.Module): return {}
     module = torch.nn.utils.parametrizations
@@ -410,7 +410,8 @@ def _with_norms(ours, theirs, norms):
 def _parts(theirs, name):
     "The tensors from which PyTorch's layer computes a parameter."
     if not hasattr(theirs, "parametrizations"):
-        return {"original0": getattr(theirs, f"{name}_g"), "original1": getattr(theirs, f"{name}_v")}
+        length, direction = (getattr(theirs, f"{name}_{part}") for part in "gv")
+        return {"original0": length, "original1": direction}
     group = theirs.parametrizations[name]
     return {**dict(group.named_parameters()), **dict(group[0].named_buffers())}
 

@@ -688,9 +688,9 @@ def convert_model(
     What PyTorch's state holds, `to_torch_state` gives for the result, and nothing else. Dtypes,
     modes and what is frozen stay, and so does `model`. Channels last, inputs and outputs are
     `(N, *spatial, C)`. An object of a class in `modules` is made without its constructor. It draws
-    from `mx.random`. With `fold`, `fold_weight_norm` and `fold_batch_norm` are applied to the result.
-    Raises `ValueError` that lists all layers that can't be converted and why, `TypeError` for what is
-    no module.
+    from `mx.random`. With `fold`, `fold_weight_norm` and `fold_batch_norm` work on the
+    result. Raises `ValueError` that lists all layers that can't be converted and why, `TypeError`
+    for what is no module.
     """
     if not isinstance(fold, bool): raise TypeError(f"fold must be a bool, but got {fold!r}")
     ours, report = _walked(model, data_format, modules)
