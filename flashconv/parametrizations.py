@@ -95,13 +95,13 @@ def _rebuild(cls, items, kept):
 def _check(layer, name, what):
     "The array that is to be computed from now on, or the reason why it can't be."
     if isinstance(layer, _Lazy):
-        raise ValueError(f"{what} needs a weight, and {layer!r} has none yet: call "
+        raise ValueError(f"{what} needs a weight, and the module {layer!r} has none yet: call "
                          "flashconv.materialize(model, *inputs) first")
     if not isinstance(layer, (_ConvNd, nn.Linear)):
-        raise TypeError(f"{what} is for layers of flashconv and mlx.nn.Linear, but got "
+        raise TypeError(f"{what}: module must be a layer of flashconv or mlx.nn.Linear, but got "
                         f"{type(layer)}; flashconv.upgrade(model) replaces mlx.nn's convolutions")
-    if name in vars(layer).get("_norms", ()):
-        raise ValueError(f"{name} of {type(layer).__name__} is parametrized already: call "
+    if isinstance(name, str) and name in vars(layer).get("_norms", ()):
+        raise ValueError(f"{name} of this module is parametrized already: call "
                          "remove_weight_norm or remove_spectral_norm first")
     array = dict.get(layer, name) if isinstance(name, str) else None
     if not isinstance(array, mx.array):
@@ -147,7 +147,7 @@ def _axis(dim, ndim):
     dim = as_int(dim, "dim")
     if not -ndim <= dim < ndim:
         raise IndexError("Dimension out of range (expected to be in range of "
-                         f"[{-ndim}, {ndim - 1}], but got {dim})")
+                         f"[{-ndim}, {ndim - 1}], but got dim={dim})")
     return dim + ndim if dim < -1 else dim
 
 # %% ../nbs/21_weight_norm.ipynb #13bb3e83
@@ -212,6 +212,9 @@ def spectral_norm(
     if as_int(n_power_iterations, "n_power_iterations") < 1:
         raise ValueError("Expected n_power_iterations to be positive, but got "
                          f"n_power_iterations={n_power_iterations}")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, but got {eps!r}")
+    if not 0 <= eps < float("inf"): raise ValueError(f"eps must be 0 or more, but got {eps}")
     if weight.ndim < 2 or weight.dtype == mx.complex64:
         raise ValueError(f"spectral_norm is for real weights of two axes or more, but {name} has "
                          f"shape {weight.shape} and dtype {weight.dtype}")
@@ -230,7 +233,7 @@ def _remove(module, name, kind, what):
     "Make `name` a plain parameter again."
     norms = vars(module).get("_norms", {}) if isinstance(module, nn.Module) else {}
     if not isinstance(norms.get(name) if isinstance(name, str) else None, kind):
-        raise ValueError(f"{what} of {name!r} not found in {module!r}")
+        raise ValueError(f"{what} of {name!r} not found: there is no such name in module={module!r}")
     items = {name: module[name], **{key: value for key, value in dict.items(module)}}
     others = {key: norm for key, norm in norms.items() if key != name}
     items["parametrizations"] = {key: items["parametrizations"][key] for key in others}

@@ -11,19 +11,21 @@ from math import prod
 import mlx.core as mx
 import mlx.nn as nn
 
-from .arithmetic import _shown, as_ints, is_channels_last
+from .arithmetic import _shown, as_ints, check_limit, is_channels_last
 from .dilation import insert_zeros
 from .padding import check_array, pad_axes
 
 # %% ../nbs/23_unfold.ipynb #b5750b9b
 def _windows(x, axis, kernel, dilation, stride, places):
     "`x` with (kernel, places) where `axis` was."
+    if places == 1: stride = 1  # a step that is never taken
     reach, before = (places - 1) * stride + 1, (slice(None),) * axis
     return mx.stack([x[(*before, slice(tap * dilation, tap * dilation + reach, stride))]
                      for tap in range(kernel)], axis)
 
 def _stamped(x, axis, dilation, stride, size):
     "The transpose: (kernel, places) at `axis` and the one behind it, added up along one of `size`."
+    check_limit((size,))
     x, terms = insert_zeros(x, {axis + 1: stride}), []
     for tap in range(x.shape[axis]):
         part = x[(slice(None),) * axis + (tap,)]
@@ -67,7 +69,7 @@ def _check_input(input, ranks, axes):
     if input.ndim not in ranks or 0 in input.shape[-axes:]:
         raise RuntimeError(f"Expected {ranks[0]}D or {ranks[1]}D (batch mode) tensor with possibly "
                            "0 batch size and other non-zero dimensions for input, but got: "
-                           f"{list(input.shape)}")
+                           f"{list(input.shape)} for a kernel_size of {ranks[1] - 2} axes")
 
 # %% ../nbs/23_unfold.ipynb #ff42413f
 def unfold(
@@ -104,6 +106,7 @@ def unfold(
 def _unfolded(x, numbers, places):
     "(N, C, *spatial) as (N, C * values, windows)."
     n, kernel = len(places), numbers["kernel_size"]
+    check_limit([size + 2 * amount for size, amount in zip(x.shape[2:], numbers["padding"])])
     x = pad_axes(x, {2 + axis: (amount, amount) for axis, amount in enumerate(numbers["padding"])})
     for axis in reversed(range(n)):
         x = _windows(x, 2 + axis, kernel[axis], numbers["dilation"][axis], numbers["stride"][axis],
@@ -183,6 +186,7 @@ class Unfold(nn.Module):
             kernel_size, dilation, padding, stride)
         self.data_format = data_format
         is_channels_last(data_format)
+        _numbers("Unfold", kernel_size, dilation=dilation, padding=padding, stride=stride)
 
     def __call__(
         self,
@@ -212,6 +216,8 @@ class Fold(nn.Module):
         self.output_size, self.kernel_size, self.dilation = output_size, kernel_size, dilation
         self.padding, self.stride, self.data_format = padding, stride, data_format
         is_channels_last(data_format)
+        _numbers("Fold", kernel_size, output_size=output_size, dilation=dilation, padding=padding,
+                 stride=stride)
 
     def __call__(
         self,
