@@ -233,7 +233,7 @@ def _remove(module, name, kind, what):
     "Make `name` a plain parameter again."
     norms = vars(module).get("_norms", {}) if isinstance(module, nn.Module) else {}
     if not isinstance(norms.get(name) if isinstance(name, str) else None, kind):
-        raise ValueError(f"{what} of {name!r} not found: there is no such name in module={module!r}")
+        raise ValueError(f"{what} of {name!r} not found: no such name in module={module!r}")
     items = {name: module[name], **{key: value for key, value in dict.items(module)}}
     others = {key: norm for key, norm in norms.items() if key != name}
     items["parametrizations"] = {key: items["parametrizations"][key] for key in others}
