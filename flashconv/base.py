@@ -8,6 +8,7 @@ __all__ = ['IncompatibleKeys']
 # %% ../nbs/04_base.ipynb #4cb49e1a
 import re
 from contextlib import nullcontext
+from contextvars import ContextVar
 from math import prod, sqrt
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ import mlx.nn as nn
 from fastcore.basics import patch
 
 from .arithmetic import (
-    as_int, as_ints, as_tuple, check_limit, is_channels_last, is_one_of, same_padding)
+    PADDINGS, _STRIDED_SAME, as_int, as_ints, as_pairs, as_tuple, causal_rule, check_limit,
+    fixed_pair, is_channels_last, is_one_of, is_paired, same_upper_padding)
 
 # %% ../nbs/04_base.ipynb #c2fd3d39
 class _ConvNd(nn.Module):
@@ -33,7 +35,7 @@ class _ConvNd(nn.Module):
         out_channels: int,  # channels of the output
         kernel_size: tuple,  # taps per axis
         stride: tuple,  # step between windows per axis
-        padding: str | tuple,  # zeros added to each side per axis, 'same' or 'valid'
+        padding: str | tuple,  # zeros added to each side per axis, pairs of them, or a name
         dilation: tuple,  # distance between neighbouring taps per axis
         transposed: bool,  # whether the weight is (in, out/groups, *kernel)
         output_padding: tuple,  # length added at the end of a transposed output, per axis
@@ -49,6 +51,8 @@ class _ConvNd(nn.Module):
         in_channels, out_channels, groups = (as_int(value, name) for value, name in (
             (in_channels, "in_channels"), (out_channels, "out_channels"), (groups, "groups")))
         _check(in_channels, out_channels, groups, stride, padding, padding_mode)
+        if is_one_of(padding, ("causal",)) and len(kernel_size) > 1:
+            raise ValueError(causal_rule(len(kernel_size)))
         is_channels_last(data_format)
         bias, device, dtype = _flag(bias), _device(device), _parameter_dtype(dtype)
         super().__init__()
@@ -75,7 +79,6 @@ def _weight_shape(self: _ConvNd, in_channels):
     return shape
 
 # %% ../nbs/04_base.ipynb #80e25a8b
-_PADDINGS = ("same", "valid")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 def _listed(names): return "{" + ", ".join(map(repr, names)) + "}"
@@ -89,12 +92,12 @@ def _check(in_channels, out_channels, groups, stride, padding, padding_mode):
         if wrong:
             raise ValueError(f"{message}, but got in_channels={in_channels} "
                              f"out_channels={out_channels} groups={groups}")
-    if isinstance(padding, str) and padding not in _PADDINGS:
+    if isinstance(padding, str) and padding not in PADDINGS:
         raise ValueError(f"Invalid padding string {padding!r}, should be one of "
-                         f"{_listed(_PADDINGS)}")
+                         f"{_listed(PADDINGS)}")
     if is_one_of(padding, ("same",)) and any(s != 1 for s in stride):
         raise ValueError("padding='same' is not supported for strided convolutions, but got "
-                         f"stride={stride}")
+                         f"stride={stride}; {_STRIDED_SAME}")
     if not is_one_of(padding_mode, _PADDING_MODES):
         raise ValueError(f"padding_mode must be one of {_listed(_PADDING_MODES)}, but got "
                          f"padding_mode='{padding_mode}'")
@@ -166,6 +169,9 @@ def _kept(self: _ConvNd, name):
     "An attribute. mlx.nn keeps tuples in the module, a dict, where they are found sooner."
     value = self.get(name)
     return getattr(self, name) if value is None else value
+
+# %% ../nbs/04_base.ipynb #52a0450e
+_stream = ContextVar("stream", default=None)  # a function of layer and input, or None
 
 # %% ../nbs/04_base.ipynb #58695dca
 @patch
@@ -265,6 +271,19 @@ def state_dict(
         raise TypeError(f"prefix must be a str, but got {type(prefix).__name__}")
     return {prefix + name: _from_place(place) for name, place in _state_places(self).items()}
 
+# %% ../nbs/04_base.ipynb #9685af6b
+_OLD_NAMES = {"original0": "_g", "original1": "_v", "original": "_orig", "0._u": "_u", "0._v": "_v"}
+
+def _under_new_names(state, places):
+    "A state with PyTorch's names of today for the parts of a weight that a model has."
+    state = dict(state)
+    for name in places:
+        match = re.fullmatch(r"(.*?)parametrizations\.([^.]+)\.(.+)", name)
+        if match is None or name in state: continue
+        old = match[1] + match[2] + _OLD_NAMES.get(match[3], "")
+        if old in state: state[name] = state.pop(old)
+    return state
+
 # %% ../nbs/04_base.ipynb #2f420614
 class IncompatibleKeys(NamedTuple):
     "What `load_state_dict` found, as in PyTorch."
@@ -288,6 +307,7 @@ def load_state_dict(
     if not hasattr(state_dict, "items"):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.")
     mine = _state_places(self)
+    state_dict = _under_new_names(state_dict, mine)
     keys = IncompatibleKeys([name for name in mine if name not in state_dict],
                             [name for name in state_dict if name not in mine])
     present = {name: value for name, value in state_dict.items() if name in mine}
@@ -300,6 +320,16 @@ def load_state_dict(
         place = mine[name]
         place.put(_to_place(value if assign else value.astype(place.array.dtype), place))
     return keys
+
+# %% ../nbs/04_base.ipynb #e59a1ac5
+class _Frozen(set):
+    "The names that are frozen in a module, which `unfreeze()` clears but for the buffers."
+
+    def __init__(self, names=(), buffers=()):
+        super().__init__((*names, *buffers))
+        self.buffers = frozenset(buffers)
+
+    def clear(self): self.intersection_update(self.buffers)
 
 # %% ../nbs/04_base.ipynb #2e825c39
 def _key_errors(keys):
@@ -342,13 +372,34 @@ def __setstate__(self: _ConvNd, state):
 @patch(as_prop=True)
 def _reversed_padding_repeated_twice(self: _ConvNd) -> list:
     "The padding as `functional.pad` takes it: two amounts per axis, the last axis first."
+    return self._amounts()
+
+@patch
+def _amounts(
+    self: _ConvNd,
+    sizes: tuple | None = None,  # of the input per axis, if they are known
+) -> list:  # two amounts per axis, the last axis first
+    "The same for an input of these sizes, which 'same_upper' and 'same_lower' ask for."
     kernel_size = tuple(as_int(k, "kernel_size") for k in as_tuple(self.kernel_size, 1))
-    n = len(kernel_size)
-    if is_one_of(self.padding, ("same",)):
-        pairs = same_padding(kernel_size, as_ints(self.dilation, n, "dilation"))
+    n, padding = len(kernel_size), self.padding
+    if isinstance(padding, str) and padding not in PADDINGS:
+        raise RuntimeError(f"Invalid padding string: {padding!r}")
+    if isinstance(padding, str):
+        stride = as_ints(self.stride, n, "stride")
+        dilation = as_ints(self.dilation, n, "dilation")
+        pairs = [_named(padding, *numbers) for numbers in
+                 zip(sizes or (None,) * n, kernel_size, stride, dilation)]
+    elif is_paired(padding): pairs = as_pairs(padding, n)
     else:
-        padding = 0 if is_one_of(self.padding, ("valid",)) else self.padding
         pairs = [(as_int(p, "padding"),) * 2 for p in as_tuple(padding, n)]
         if len(pairs) > n or not pairs:
             raise RuntimeError(f"padding must be {n} ints, but got {padding!r}")
     return [amount for pair in reversed(pairs) for amount in pair]
+
+# %% ../nbs/04_base.ipynb #621794e5
+def _named(padding, size, kernel, stride, dilation):
+    "The amounts before and after one axis that a name stands for; `size` may be None."
+    if size is None or not is_one_of(padding, ("same_upper", "same_lower")):
+        return fixed_pair(padding, kernel, stride, dilation)
+    pair = same_upper_padding(size, kernel, stride, dilation)
+    return pair if padding == "same_upper" else pair[::-1]

@@ -10,8 +10,10 @@ import mlx.core as mx
 from fastcore.basics import patch
 
 from . import functional
-from .arithmetic import as_tuple, is_one_of
-from .base import _ConvNd
+from .arithmetic import as_ints, as_tuple, is_one_of, kept_padding
+from .base import _ConvNd, _stream
+from .padding import check_array
+from .plain import check_fixed, is_plain
 
 # %% ../nbs/05_conv.ipynb #ff4e9adb
 class _Conv(_ConvNd):
@@ -25,7 +27,7 @@ class _Conv(_ConvNd):
         out_channels: int,  # channels of the output
         kernel_size: int | tuple,  # taps per axis
         stride: int | tuple = 1,  # step between windows per axis
-        padding: int | str | tuple = 0,  # zeros added to each side per axis, 'same' or 'valid'
+        padding: int | str | tuple = 0,  # zeros added to each side per axis, pairs, or a name
         dilation: int | tuple = 1,  # distance between neighbouring taps per axis
         groups: int = 1,  # blocks of channels that don't see each other
         bias: bool = True,  # whether a value per output channel is added
@@ -36,10 +38,9 @@ class _Conv(_ConvNd):
         data_format: str = "channels_first",  # 'channels_last': (N, *spatial, channels)
     ):
         n = self.num_spatial_dims
-        if not isinstance(padding, str): padding = as_tuple(padding, n)
         super().__init__(in_channels, out_channels, as_tuple(kernel_size, n), as_tuple(stride, n),
-                         padding, as_tuple(dilation, n), False, (0,) * n, groups, bias,
-                         padding_mode, device, dtype, data_format=data_format)
+                         kept_padding(padding, n), as_tuple(dilation, n), False, (0,) * n, groups,
+                         bias, padding_mode, device, dtype, data_format=data_format)
 
 # %% ../nbs/05_conv.ipynb #691a6c38
 @patch
@@ -51,15 +52,21 @@ def _conv_forward(
 ) -> mx.array:  # the layer's output
     "The layer with these parameters. Subclasses that transform the weight override it."
     conv = (functional.conv1d, functional.conv2d, functional.conv3d)[self.num_spatial_dims - 1]
-    stride = self._kept("stride")
     padding = self._kept("padding")
-    dilation = self._kept("dilation")
-    if not is_one_of(self.padding_mode, ("zeros",)):
-        input = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode,
-                               data_format=self.data_format)
-        padding = 0
-    return conv(input, weight, bias, stride, padding, dilation, self.groups,
-                data_format=self.data_format)
+    if not is_one_of(self.padding_mode, ("zeros",)): input, padding = self._padded(input), 0
+    return conv(input, weight, bias, self._kept("stride"), padding, self._kept("dilation"),
+                self.groups, data_format=self.data_format)
+
+# %% ../nbs/05_conv.ipynb #c04b0af5
+@patch
+def _padded(self: _Conv, input):
+    "The input of a layer with another padding mode than zeros, padded."
+    n = self.num_spatial_dims
+    check_array("pad", "input", input)
+    if is_plain(): check_fixed(self.padding, as_ints(self.stride, n, "stride"))
+    sizes = input.shape[1:-1] if self.data_format == "channels_last" else input.shape[-n:]
+    amounts = self._amounts(sizes[-n:])
+    return functional.pad(input, amounts, self.padding_mode, data_format=self.data_format)
 
 # %% ../nbs/05_conv.ipynb #0dcfb08b
 @patch
@@ -68,6 +75,7 @@ def __call__(
     input: mx.array,  # (N, in_channels, *spatial) or (in_channels, *spatial)
 ) -> mx.array:  # (N, out_channels, *spatial), unbatched as the input is
     "Convolve. Raises `RuntimeError`, in PyTorch's words, for an input that does not fit."
+    if (stream := _stream.get()) is not None: return stream(self, input)
     if self.device is None: return self._conv_forward(input, self.weight, self.bias)
     with self._on_device(): return self._conv_forward(input, self.weight, self.bias)
 
@@ -75,7 +83,8 @@ def __call__(
 class Conv1d(_Conv):
     """A convolution over sequences, `(N, C, L)` or `(C, L)`, with PyTorch's arguments.
 
-    The weight is `(out_channels, in_channels/groups, k)`. `padding` may be 'same' or 'valid'.
+    The weight is `(out_channels, in_channels/groups, k)`. `padding` may
+    be 'same' or 'valid', pairs, 'causal', 'same_upper' or 'same_lower'.
     Raises `ValueError` and `TypeError` for arguments that no call could use.
     Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv1d.html>
     """
@@ -86,7 +95,8 @@ class Conv1d(_Conv):
 class Conv2d(_Conv):
     """A convolution over pictures, `(N, C, H, W)` or `(C, H, W)`, with PyTorch's arguments.
 
-    The weight is `(out_channels, in_channels/groups, kh, kw)`. `padding` may be 'same' or 'valid'.
+    The weight is `(out_channels, in_channels/groups, kh, kw)`. `padding` may
+    be 'same' or 'valid', pairs, 'same_upper' or 'same_lower'.
     Raises `ValueError` and `TypeError` for arguments that no call could use.
     Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html>
     """

@@ -35,7 +35,7 @@ from matplotlib.textpath import TextPath
 from PIL import Image
 
 from . import arithmetic, functional
-from .arithmetic import as_int, as_ints
+from .arithmetic import as_int, as_ints, as_padding, is_paired
 from .base import _ConvNd
 from .conv import Conv1d
 from .dilation import coverage
@@ -81,7 +81,7 @@ def window(
     size: int | tuple | None = None,  # of the input; None takes that of the input given
     *,
     stride: int | tuple = 1,  # step between windows
-    padding: int | str | tuple = 0,  # zeros added to each side, 'same' or 'valid'
+    padding: int | str | tuple = 0,  # zeros added to each side, pairs of them, or a name
     dilation: int | tuple = 1,  # distance between neighbouring taps
     output_padding: int | tuple = 0,  # length added at the end of a transposed output
     transposed: bool = False,  # whether the convolution is transposed
@@ -316,7 +316,7 @@ class _Layer(NamedTuple):
     "A layer in numbers, along one axis."
     kernel_size: int
     stride: int = 1
-    padding: int | str = 0
+    padding: int | str | tuple = 0  # a pair as in ((2, 0),)
     dilation: int = 1
 
 def _stack(layers, axis=0):
@@ -325,20 +325,27 @@ def _stack(layers, axis=0):
     if not isinstance(layers, (list, tuple)): layers = [layers]
     if not layers: raise ValueError("at least one layer is needed, but got none")
     arithmetic.receptive_field(*(layer for layer in layers if hasattr(layer, "kernel_size")))
-    stack = [_Layer(*(arithmetic._along(getattr(layer, name), axis) for name in _Layer._fields))
+    stack = [_Layer(*(arithmetic._along(getattr(layer, name), axis, name)
+                      for name in _Layer._fields))
              if hasattr(layer, "kernel_size") else
              _Layer(*layer) if isinstance(layer, (list, tuple)) else _Layer(layer)
              for layer in layers]
+    stack = [layer._replace(padding=_paired(layer.padding)) for layer in stack]
     for layer in stack: arithmetic.output_size(_MOST, *layer)
     return stack
+
+def _paired(padding):
+    "The padding of one axis as functions of one axis take it: a pair in a tuple."
+    is_pair = isinstance(padding, tuple) and not is_paired(padding)
+    return (padding,) if is_pair else padding
 
 # %% ../nbs/09_draw.ipynb #6a68cd5d
 def _paths(stack):
     "For each level, input first, place -> paths to output 0; and the lines from level to level."
     levels, lines = [{0: 1}], []
     for k, s, p, d in reversed(stack):
-        if isinstance(p, str): p = arithmetic.same_padding(k, d)[0] if p == "same" else 0
-        links = [(place * s - p + tap * d, place) for place in levels[0] for tap in range(k)]
+        before, _ = arithmetic.fixed_pair(arithmetic._along(p, 0, "padding"), k, s, d)
+        links = [(place * s - before + tap * d, place) for place in levels[0] for tap in range(k)]
         counts = dict.fromkeys(sorted(source for source, _ in links), 0)
         for source, place in links: counts[source] += levels[0][place]
         levels.insert(0, counts)
@@ -416,8 +423,8 @@ def dilation_taps(
     kernels = list(kernel_size) if isinstance(kernel_size, (list, tuple)) else [kernel_size]
     if not kernels: raise ValueError("kernel_size must name at least one kernel, but got none")
     if hasattr(kernels[0], "kernel_size"):
-        dilations = [arithmetic._along(layer.dilation, 0) for layer in kernels]
-        kernels = [arithmetic._along(layer.kernel_size, 0) for layer in kernels]
+        dilations = [arithmetic._along(layer.dilation, 0, "dilation") for layer in kernels]
+        kernels = [arithmetic._along(layer.kernel_size, 0, "kernel_size") for layer in kernels]
     elif dilations is None: dilations = (1, 2, 3)
     dilations = list(dilations) if isinstance(dilations, (list, tuple)) else [dilations]
     if not dilations: raise ValueError("dilations must name at least one, but got none")
@@ -520,8 +527,7 @@ def overlap(
 # %% ../nbs/09_draw.ipynb #f4df6656
 def _ones(case):
     "The same case with every weight and every input 1."
-    padding = tuple(lo for lo, _ in case.padding)
-    return _run(np.ones_like(case.kernel), 0.0, np.ones_like(case.input), case.stride, padding,
+    return _run(np.ones_like(case.kernel), 0.0, np.ones_like(case.input), case.stride, case.padding,
                 case.dilation, case.output_padding, case.transposed, "zeros")
 
 # %% ../nbs/09_draw.ipynb #af115578
@@ -548,31 +554,35 @@ def _draw_counts(sheet, case, y=0, edge=None):
 def output_sizes(
     layer_or_kernel_size,  # a layer, or taps
     stride: int = 2,  # step between windows
-    padding: int = 0,  # zeros added to each side
+    padding: int | str | tuple = 0,  # zeros added to each side, a pair, or 'causal'
     dilation: int = 1,  # distance between neighbouring taps
     *,
     outputs: tuple = (3, 4, 5),  # output sizes shown
 ) -> Picture:
     "Input sizes that give one output size, and the output_padding that leads back to each."
     names = ("kernel_size", "stride", "padding", "dilation")
-    given = (layer_or_kernel_size, stride, padding, dilation)
+    given = [layer_or_kernel_size, stride, padding, dilation]
     if isinstance(layer_or_kernel_size, _ConvNd):
-        given = (arithmetic._along(getattr(layer_or_kernel_size, name), 0) for name in names)
-    k, s, p, d = (as_ints(value, 1, name)[0] for value, name in zip(given, names))
-    for name, value in zip(names, (k, s, p, d)): _check_drawable(name, (value,))
+        given = [_paired(arithmetic._along(getattr(layer_or_kernel_size, name), 0, name))
+                 for name in names]
+    k, s, d = (as_ints(given[i], 1, names[i])[0] for i in (0, 1, 3))
+    p = arithmetic._along(given[2], 0, "padding") if is_paired(given[2]) else given[2]
+    if not isinstance(p, tuple) and p != "causal": p = as_ints(p, 1, "padding")[0]
+    pair = arithmetic.fixed_pair(p, k, s, d)
+    for name, values in zip(names, ((k,), (s,), pair, (d,))): _check_drawable(name, values)
     outputs = as_ints(outputs, len(outputs) if isinstance(outputs, (tuple, list)) else 1, "outputs")
     if not outputs: raise ValueError("outputs must name at least one size, but got ()")
     _check_drawable("outputs", outputs)
-    ways = [way for output in outputs for way in _ways(output, k, s, p, d)]
+    ways = [way for output in outputs for way in _ways(output, k, s, sum(pair), d)]
     return _draw_sizes(ways, f"kernel {k}, stride {s}, padding {p}, dilation {d}")
 
 # %% ../nbs/09_draw.ipynb #c3df1411
-def _ways(output, k, s, p, d):
+def _ways(output, k, s, total, d):
     "All input sizes that give an output size, as (input size, output size, output_padding)."
-    smallest = arithmetic.transposed_output_size(output, k, s, p, 0, d)
-    if smallest < 1: raise ValueError(f"no input gives an output size of {output} with padding {p}")
-    return [(size, arithmetic.output_size(size, k, s, p, d),
-             arithmetic.output_padding_for(size, output, k, s, p, d))
+    smallest = arithmetic.transposed_output_size(output, k, s, 0, 0, d) - total
+    if smallest < 1:
+        raise ValueError(f"no input gives an output size of {output} with {total} zeros of padding")
+    return [(size, arithmetic.output_size(size + total, k, s, 0, d), size - smallest)
             for size in range(smallest, smallest + s)]
 
 # %% ../nbs/09_draw.ipynb #7e8857b5
@@ -807,10 +817,10 @@ def _case(what, size=None, stride=1, padding=0, dilation=1, output_padding=0, tr
     if x.ndim != n: raise ValueError(f"input must have {n} axes, but got shape {x.shape}")
     stride, dilation, output_padding = (as_ints(value, n, name) for value, name in (
         (stride, "stride"), (dilation, "dilation"), (output_padding, "output_padding")))
-    if not isinstance(padding, str): padding = as_ints(padding, n, "padding")
+    padding = as_padding(padding, n)
     for name, value in (("stride", stride), ("dilation", dilation), ("padding", padding),
                         ("output_padding", output_padding)):
-        if not isinstance(value, str): _check_drawable(name, value)
+        if not isinstance(value, str): _check_drawable(name, np.ravel(value))
     return _run(kernel, bias, x, stride, padding, dilation, output_padding, transposed, mode)
 
 # %% ../nbs/09_draw.ipynb #56217d0f
@@ -864,8 +874,13 @@ def _run(kernel, bias, input, stride, padding, dilation, output_padding, transpo
                          f"{output_padding}")
     x, w = (mx.array(a, mx.float32)[None, None] for a in (input, kernel))
     output = run(x, w, None, stride, padding, *after, dilation)
-    amounts = arithmetic._padding_amounts(padding, stride, kernel.shape, dilation)
-    if transposed: longer = run(x, w, None, stride, 0, *after, dilation)
+    amounts = arithmetic._padding_amounts(padding, input.shape, kernel.shape, stride, dilation,
+                                          transposed)
+    if transposed:
+        output_padding = tuple(extra + max(-behind, 0)
+                               for extra, (_, behind) in zip(output_padding, amounts))
+        amounts = tuple((before, max(behind, 0)) for before, behind in amounts)
+        longer = run(x, w, None, stride, 0, output_padding, 1, dilation)
     else:
         around = tuple(amount for pair in reversed(amounts) for amount in pair)
         longer = pad(x, around, "constant" if mode == "zeros" else mode)

@@ -238,7 +238,7 @@ class _LazyConv(_Lazy):
         out_channels: int,  # channels of the output
         kernel_size: int | tuple,  # taps per axis
         stride: int | tuple = 1,  # step between windows per axis
-        padding: int | str | tuple = 0,  # zeros added to each side per axis, 'same' or 'valid'
+        padding: int | str | tuple = 0,  # zeros added to each side per axis, pairs, or a name
         dilation: int | tuple = 1,  # distance between neighbouring taps per axis
         groups: int = 1,  # blocks of channels that don't see each other
         bias: bool = True,  # whether a value per output channel is added
@@ -261,7 +261,7 @@ class _LazyConvTranspose(_Lazy):
         out_channels: int,  # channels of the output
         kernel_size: int | tuple,  # taps per axis
         stride: int | tuple = 1,  # step between the stamps of neighbouring inputs per axis
-        padding: int | tuple = 0,  # length cut off each side of the output per axis
+        padding: int | str | tuple = 0,  # cut off each side per axis, pairs, or 'causal' in 1d
         output_padding: int | tuple = 0,  # length added at the end of the output per axis
         groups: int = 1,  # blocks of channels that don't see each other
         bias: bool = True,  # whether a value per output channel is added

@@ -12,8 +12,9 @@ import mlx.core as mx
 from fastcore.basics import patch
 
 from . import functional
-from .arithmetic import as_ints, as_tuple, is_one_of, transposed_output_size
-from .base import _ConvNd
+from .arithmetic import (
+    as_ints, as_padding, as_tuple, is_one_of, kept_padding, transposed_output_size)
+from .base import _ConvNd, _stream
 from .padding import check_array
 from .plain import is_plain, refuse
 
@@ -31,7 +32,7 @@ class _ConvTransposeNd(_ConvNd):
         out_channels: int,  # channels of the output
         kernel_size: tuple,  # taps per axis
         stride: tuple,  # step between the stamps of neighbouring inputs per axis
-        padding: tuple,  # length cut off each side of the output per axis
+        padding: tuple | str,  # cut off each side of the output per axis, pairs, or 'causal'
         dilation: tuple,  # distance between neighbouring taps per axis
         transposed: bool,  # True
         output_padding: tuple,  # length added at the end of the output per axis
@@ -62,7 +63,7 @@ class _ConvTranspose(_ConvTransposeNd):
         out_channels: int,  # channels of the output
         kernel_size: int | tuple,  # taps per axis
         stride: int | tuple = 1,  # step between the stamps of neighbouring inputs per axis
-        padding: int | tuple = 0,  # length cut off each side of the output per axis
+        padding: int | str | tuple = 0,  # cut off each side per axis, pairs, or 'causal' in 1d
         output_padding: int | tuple = 0,  # length added at the end of the output per axis
         groups: int = 1,  # blocks of channels that don't see each other
         bias: bool = True,  # whether a value per output channel is added
@@ -73,12 +74,14 @@ class _ConvTranspose(_ConvTransposeNd):
         *,
         data_format: str = "channels_first",  # 'channels_last': (N, *spatial, channels)
     ):
-        if isinstance(padding, str):
+        if isinstance(padding, str) and padding != "causal":
             raise TypeError(f"{type(self).__name__}: argument 'padding' must be tuple of ints, "
-                            f"not str, but got {padding!r}")
-        kernel_size, stride, padding, dilation, output_padding = (
-            as_tuple(value, self.num_spatial_dims)
-            for value in (kernel_size, stride, padding, dilation, output_padding))
+                            f"not str, but got {padding!r}; of the names, only 'causal' is for "
+                            "transposed layers")
+        n = self.num_spatial_dims
+        padding = kept_padding(padding, n)
+        kernel_size, stride, dilation, output_padding = (
+            as_tuple(value, n) for value in (kernel_size, stride, dilation, output_padding))
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, True,
                          output_padding, groups, bias, padding_mode, device, dtype,
                          data_format=data_format)
@@ -90,7 +93,7 @@ def _output_padding(
     input: mx.array,  # what the layer is called with
     output_size: tuple | None,  # sizes wanted, perhaps with batch and channels in front
     stride: tuple,  # step per axis
-    padding: tuple,  # length cut off each side per axis
+    padding: tuple | str,  # cut off each side per axis, pairs, or 'causal'
     kernel_size: tuple,  # taps per axis
     num_spatial_dims: int,  # number of axes
     dilation: tuple | None = None,  # distance between neighbouring taps per axis
@@ -129,6 +132,7 @@ def __call__(
     output_size: tuple | None = None,  # sizes wanted, in place of `output_padding`
 ) -> mx.array:  # (N, out_channels, *spatial), unbatched as the input is
     "Convolve, transposed. Raises `RuntimeError` or `ValueError`, in PyTorch's words."
+    if output_size is None and (stream := _stream.get()) is not None: return stream(self, input)
     n = self.num_spatial_dims
     conv = (functional.conv_transpose1d, functional.conv_transpose2d,
             functional.conv_transpose3d)[n - 1]
@@ -143,7 +147,7 @@ def __call__(
     if type(output_padding) is not tuple: output_padding = as_tuple(output_padding, n)
     if output_size is not None:
         output_padding = self._output_padding(
-            input, output_size, as_ints(stride, n, "stride"), as_ints(padding, n, "padding"),
+            input, output_size, as_ints(stride, n, "stride"), as_padding(padding, n),
             self.kernel_size, n, as_ints(dilation, n, "dilation"))
     with self._on_device():
         return conv(input, self.weight, self.bias, stride, padding, output_padding, self.groups,

@@ -38,7 +38,7 @@ try: import torch
 except ImportError: torch = None
 
 SECONDS, BYTES = 10, 4 * 2**30
-ALLOWED = TypeError, ValueError, RuntimeError
+ALLOWED = TypeError, ValueError, RuntimeError, IndexError  # the last is for an axis, in PyTorch too
 
 
 class Library:
@@ -271,6 +271,8 @@ alone("others", "arithmetic.transposed_output_size", input_size=(8, 9), kernel_s
 alone("others", "arithmetic.output_padding_for", output_size=(16, 16), input_size=8, kernel_size=3,
       stride=2, padding=1, dilation=1)
 alone("others", "arithmetic.same_padding", kernel_size=(3, 4), dilation=2)
+alone("others", "arithmetic.same_upper_padding", input_size=(8, 9), kernel_size=3, stride=2,
+      dilation=1)
 alone("others", "arithmetic.is_channels_last", data_format="channels_last")
 alone("others", "dilation.insert_zeros", x=lambda: mx.ones((2, 3)), steps={1: 2})
 alone("others", "dilation.coverage", kernel_sizes=[3, 3], dilations=[1, 2])
@@ -294,6 +296,24 @@ alone("others", "load_mlx_weights", model=_conv1d,
       source=lambda: dict(flashconv.to_mlx(_conv1d()).parameters()))
 alone("others", "save_torch_state", model=_conv1d,
       file=lambda: os.path.join(tempfile.mkdtemp(), "state.safetensors"))
+def _normed(kind): return lambda: getattr(flashconv, f"{kind}_norm")(_conv1d())
+
+alone("others", "weight_norm", module=_conv1d, name="weight", dim=0)
+alone("others", "spectral_norm", module=_conv1d, name="weight", n_power_iterations=1, eps=1e-12,
+      dim=None)
+for kind in ("weight", "spectral"):
+    alone("others", f"remove_{kind}_norm", module=_normed(kind), name="weight")
+alone("others", "fold_weight_norm", model=_normed("weight"))
+alone("others", "fold_batch_norm", model=lambda: mlx.nn.Sequential(_conv1d()), inplace=False)
+alone("others", "folding_report", model=lambda: mlx.nn.Sequential(_conv1d()))
+alone("others", "functional.unfold", input=lambda: mx.ones((1, 2, 6, 6)), kernel_size=2, dilation=1,
+      padding=0, stride=1, data_format="channels_first")
+alone("others", "functional.fold", input=lambda: mx.ones((1, 8, 25)), output_size=6, kernel_size=2,
+      dilation=1, padding=0, stride=1, data_format="channels_first")
+alone("others", "Unfold", kernel_size=2, dilation=1, padding=0, stride=1,
+      data_format="channels_first")
+alone("others", "Fold", output_size=6, kernel_size=2, dilation=1, padding=0, stride=1,
+      data_format="channels_first")
 for name in ("upgrade", "downgrade"):
     alone("others", name, model=lambda: mlx.nn.Sequential(mlx.nn.Conv1d(2, 4, 3)))
 _DRAWS = {"uniform": {"a": 0.0, "b": 1.0}, "normal": {"mean": 0.0, "std": 1.0},

@@ -15,12 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..arithmetic import as_ints, same_padding
-from ..base import _places
+from ..arithmetic import _cut, as_ints, as_padding, fixed_pair, is_paired
+from ..base import _Frozen, _places, _under_new_names
 from ..conv import Conv1d, Conv2d, Conv3d
 from ..lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
     LazyConvTranspose3d, UninitializedParameter)
+from ..parametrizations import (
+    _parametrize, _Parametrized, _spectral, _SpectralNorm, _WeightNorm, fold_weight_norm)
 from ..transposed import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
 # %% ../../nbs/08_convert.ipynb #e20ffef3
@@ -133,8 +135,8 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def _extras(layer, torch):
     "What a PyTorch layer does beyond its class, each with the way to be rid of it."
     for name in getattr(layer, "parametrizations", ()):
-        yield (f"its {name} is parametrized; call torch.nn.utils.parametrize."
-               f"remove_parametrizations(layer, {name!r})")
+        yield (f"its {name} is parametrized by other than one weight or spectral norm; call torch."
+               f"nn.utils.parametrize.remove_parametrizations(layer, {name!r})")
     own = torch.nn.modules.lazy.LazyModuleMixin._infer_parameters
     for hook in (hook for kind in _HOOKS for hook in vars(layer).get(kind, {}).values()):
         if getattr(hook, "__func__", None) is not own:
@@ -150,15 +152,6 @@ def _stale(theirs, ours):
                "something else by now; make it anew")
 
 # %% ../../nbs/08_convert.ipynb #7610c031
-class _Frozen(set):
-    "The names that are frozen in a module, which `unfreeze()` clears but for the buffers."
-
-    def __init__(self, names=(), buffers=()):
-        super().__init__((*names, *buffers))
-        self.buffers = frozenset(buffers)
-
-    def clear(self): self.intersection_update(self.buffers)
-
 def _leave_out(ours, name):
     "Keep an attribute out of the state and out of training, now and when it gets another value."
     ours._non_persistent = vars(ours).get("_non_persistent", frozenset()) | {name}
@@ -335,6 +328,7 @@ def _unlike(theirs, names):
         return
     tensors = dict(theirs.named_parameters(remove_duplicate=False))
     tensors |= dict(theirs.named_buffers(remove_duplicate=False))
+    state, tensors = _under_new_names(state, names), _under_new_names(tensors, names)
     for name in sorted(state.keys() ^ names):
         holds = "has" if name in state else "lacks"
         yield f"its state in PyTorch {holds} {name}, and the converted one would not"
@@ -356,12 +350,70 @@ def from_torch(
     that lists what a layer here could not have or would not do.
     """
     torch, kind = sys.modules.get("torch"), type(layer).__name__
+    if norms := _norms_of(layer):
+        ours = from_torch(_without_norms(layer, norms), data_format=data_format)
+        return _with_norms(ours, layer, norms)
     known = _class_of(layer, "torch.nn", vars(torch.nn) if torch else {})
     _refuse(f"{kind} is not a plain {known.__name__}", _extras(layer, torch))
     ours = _bare(layer, known, data_format)
     _refuse(f"{kind} can't be converted", _additions(layer, known, ours))
     _refuse(f"{kind} can't be converted", _unlike(layer, {name for name, _ in _places(ours)}))
     return ours
+
+# %% ../../nbs/08_convert.ipynb #ee93b189
+def _norms_of(layer):
+    "The norms by which a layer of PyTorch's computes parameters; none if it has others, too."
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(layer, torch.nn.Module): return {}
+    module = torch.nn.utils.parametrizations
+    groups = dict(getattr(layer, "parametrizations", {}).items())
+    norms = {name: group[0] for name, group in groups.items() if len(group) == 1
+             and type(group[0]) in (module._WeightNorm, module._SpectralNorm)}
+    hooks = getattr(layer, "_forward_pre_hooks", {}).values()
+    old = {hook.name: hook for hook in hooks
+           if type(hook) is torch.nn.utils.weight_norm.__globals__["WeightNorm"]}
+    return norms | old if len(norms) == len(groups) else {}
+
+def _without_norms(layer, norms):
+    "A copy of PyTorch's layer with plain parameters."
+    torch, training = sys.modules["torch"], layer.training
+    computed = [vars(layer)[name] for name in norms if name in vars(layer)]  # can't be copied
+    plain = copy.deepcopy(layer, {id(tensor): tensor.detach() for tensor in computed}).eval()
+    if not hasattr(layer, "parametrizations"):
+        for name in norms: torch.nn.utils.remove_weight_norm(plain, name)
+        return plain.train(training)
+    values = {name: getattr(plain, name).detach().clone() for name in norms}
+    plain.__class__ = type(layer).__bases__[0]  # remove_parametrizations would change its class
+    del plain.parametrizations
+    for name, value in values.items(): plain.register_parameter(name, torch.nn.Parameter(value))
+    return plain.train(training)
+
+# %% ../../nbs/08_convert.ipynb #c9d1b7fd
+def _with_norms(ours, theirs, norms):
+    "Have our layer compute parameters as PyTorch's does, from copies of the same tensors."
+    for name, norm in norms.items():
+        tensors = _parts(theirs, name)
+        arrays = {key: _as_array(tensor) for key, tensor in tensors.items()}
+        if "_u" in arrays:
+            arrays = {"original": arrays["original"], "0": {k: arrays[k] for k in ("_u", "_v")}}
+            kept = _SpectralNorm(norm.dim, norm.n_power_iterations, norm.eps)
+            _spectral(ours, name, kept, arrays)
+        else:
+            dim = norm.dim if norm.dim in (-1, None) else norm.dim % tensors["original1"].ndim
+            _parametrize(ours, name, _WeightNorm(-1 if dim is None else dim), arrays)
+        group = f"parametrizations.{name}"
+        ours._no_grad.discard(group)
+        ours._no_grad.update(f"{group}.{key}" for key, tensor in tensors.items()
+                             if not tensor.requires_grad and not key.startswith("_"))
+    return ours
+
+def _parts(theirs, name):
+    "The tensors from which PyTorch's layer computes a parameter."
+    if not hasattr(theirs, "parametrizations"):
+        length, direction = (getattr(theirs, f"{name}_{part}") for part in "gv")
+        return {"original0": length, "original1": direction}
+    group = theirs.parametrizations[name]
+    return {**dict(group.named_parameters()), **dict(group[0].named_buffers())}
 
 # %% ../../nbs/08_convert.ipynb #613c7256
 def _bare(layer, known, data_format):
@@ -411,10 +463,12 @@ def to_torch(
     PyTorch's layer takes channels first also where `layer` takes them last; the parameters are the
     same. Keeps dtype, training mode, what is frozen and what a subclass or others have added:
     arrays (frozen ones become buffers) and plain attributes, not `device`. Raises `ImportError`
-    without PyTorch, `TypeError` for other types, `ValueError` for subclasses that replace a method
-    and for layers in `layer`.
+    without PyTorch, `TypeError` for other types, `ValueError` for subclasses that replace a method,
+    for layers in `layer` and for padding that PyTorch has not.
     """
+    if isinstance(layer, _Parametrized): return _norms_to_torch(layer)
     cls = _class_of(layer, "flashconv", _OURS)
+    _refuse(f"{type(layer).__name__} can't be converted", _unpadded(layer))
     try: import torch
     except ImportError as error:
         raise ImportError("to_torch needs PyTorch: pip install flashconv[torch]") from error
@@ -426,6 +480,30 @@ def to_torch(
         setattr(theirs, name, _to_parameter(array, torch, name not in layer._no_grad))
     _refuse(f"{type(layer).__name__} can't be converted", _add_to_torch(theirs, layer, torch))
     return theirs.train(layer.training)
+
+# %% ../../nbs/08_convert.ipynb #e0fb5b6c
+def _norms_to_torch(layer):
+    "The same for a layer that computes parameters."
+    theirs = to_torch(fold_weight_norm(copy.deepcopy(layer)))
+    torch = sys.modules["torch"]
+    make = torch.nn.utils.parametrizations
+    for name, norm in layer._norms.items():
+        if isinstance(norm, _WeightNorm): make.weight_norm(theirs, name, norm.dim)
+        else: make.spectral_norm(theirs, name, norm.n_power_iterations, norm.eps, norm.dim)
+    state = {name: _to_tensor(array, torch) for name, array in layer.state_dict().items()}
+    theirs.load_state_dict(state, assign=True)
+    for name, parameter in theirs.named_parameters():
+        groups = [name[:i] for i in range(len(name) + 1)]
+        parameter.requires_grad_(not layer._no_grad & set(groups))
+    return theirs
+
+# %% ../../nbs/08_convert.ipynb #0300e051
+def _unpadded(layer):
+    "What padding of ours PyTorch's layers lack."
+    padding = layer.padding
+    if is_paired(padding) or isinstance(padding, str) and padding not in ("same", "valid"):
+        yield (f"padding={padding!r}, which PyTorch's layers have not (there, call "
+               "torch.nn.functional.pad before a layer without padding)")
 
 # %% ../../nbs/08_convert.ipynb #77868f6d
 def _add_to_torch(theirs, layer, torch):
@@ -484,12 +562,11 @@ def _carry(copied, layer, known, own):
 
 # %% ../../nbs/08_convert.ipynb #1357c9ba
 def _amounts(layer):
-    "What our layer pads before and after the input, per axis."
-    n = layer.num_spatial_dims
-    if layer.padding == "same":
-        return same_padding(layer.weight.shape[2:], as_ints(layer.dilation, n, "dilation"))
-    padding = 0 if layer.padding == "valid" else layer.padding
-    return tuple((p, p) for p in as_ints(padding, n, "padding"))
+    "What our layer pads before and after the input, or cuts off its output, per axis."
+    n, kernel, padding = layer.num_spatial_dims, layer.weight.shape[2:], layer.padding
+    stride, dilation = (as_ints(getattr(layer, name), n, name) for name in ("stride", "dilation"))
+    each = (padding,) * n if isinstance(padding, str) else as_padding(padding, n)
+    return tuple(map(_cut if layer.transposed else fixed_pair, each, kernel, stride, dilation))
 
 def _mlx_numbers(layer):
     "Kernel and numbers as mlx.nn takes them: ints in 1d, else tuples."
@@ -511,7 +588,8 @@ def _lacking(layer):
         yield f"padding_mode={layer.padding_mode!r}, where mlx.nn pads with zeros"
     if min(map(min, amounts)) < 0: yield f"padding={layer.padding}, which crops there"
     if any(before != after for before, after in amounts):
-        yield f"padding='same' as {amounts}, where mlx.nn adds as much before as after"
+        yield (f"padding={layer.padding!r} as {amounts}, where mlx.nn "
+               f"{'cuts' if layer.transposed else 'adds'} as much before as after")
     if dtype == mx.complex64: yield "complex64, which MLX does not convolve"
     if dtype == mx.float64: yield "float64, which MLX convolves as float32 or not at all"
     if 0 in layer.weight.shape:
@@ -520,9 +598,10 @@ def _lacking(layer):
 # %% ../../nbs/08_convert.ipynb #0f7cd387
 def _wrong(layer):
     "Where MLX's transposed layer would differ from ours."
-    n, names = layer.num_spatial_dims, ("stride", "padding", "dilation", "output_padding")
+    n, names = layer.num_spatial_dims, ("stride", "dilation", "output_padding")
     numbers = (as_ints(getattr(layer, name), n, name) for name in names)
-    for kernel, stride, padding, dilation, after in zip(layer.weight.shape[2:], *numbers):
+    cuts = (max(pair) for pair in _amounts(layer))
+    for kernel, padding, stride, dilation, after in zip(layer.weight.shape[2:], cuts, *numbers):
         reach = dilation * (kernel - 1)
         if not 0 <= after < max(stride, dilation):
             yield f"output_padding={after}, which must be smaller than either stride or dilation"
@@ -544,6 +623,9 @@ def to_mlx(
     added, not `device`. Raises `ValueError` naming all that mlx.nn lacks or gets wrong, for lazy
     layers and subclasses with methods of their own; `TypeError` for other types.
     """
+    if isinstance(layer, _Parametrized):
+        raise ValueError(f"{layer!r} computes its weight, and mlx.nn's layers don't: call "
+                         "flashconv.fold_weight_norm(model) first")
     cls = _class_of(layer, "flashconv", _OURS)
     if cls.__name__.startswith("Lazy"):
         raise ValueError(f"{layer!r} has no parameters yet, and mlx.nn has no lazy layers: call "

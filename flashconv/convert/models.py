@@ -18,10 +18,13 @@ from fastcore.basics import patch
 from .. import functional
 from ..arithmetic import as_tuple, is_channels_last
 from ..base import _UNNAMED, _ConvNd, _state_places
-from .layers import (
+from flashconv.convert.layers import (
     _OURS, _Memory, _as_array, _attributes, _bare, _class_of, _extras, _fill, _hang_attributes,
-    _mapped, _misnomer, _refuse, _replaced, _ties, _unlike)
-from .leaves import _LEAVES, _Equal, _Formatted, _need, _of
+    _mapped, _misnomer, _norms_of, _parts, _refuse, _replaced, _ties, _unlike, _with_norms,
+    _without_norms)
+from ..folding import fold_batch_norm
+from .leaves import _FORMATTED, _LEAVES, _Equal, _Formatted, _need, _of
+from ..parametrizations import fold_weight_norm
 
 # %% ../../nbs/13_models.ipynb #b14b4b56
 def _along(layer):
@@ -352,6 +355,7 @@ class _Walk:
     def convert(self, theirs, path):
         "What `theirs` becomes; what stands in its way is in the rows."
         if id(theirs) in self.made: return self.again(theirs, path)
+        if norms := _norms_of(theirs): return self.normed(theirs, path, norms)
         make = self.maker(theirs)
         stacks = (self.sequence, self.collection, self.values)
         self.rows.append(row := _Row(path, theirs, make in stacks))
@@ -382,6 +386,22 @@ def unregistered(self: _Walk, theirs, path):
     "What a layer in an attribute becomes, which may be a layer of the network or not."
     self.seen, self.flow = None, "held"
     return self.convert(theirs, path)
+
+# %% ../../nbs/13_models.ipynb #c1b7cecf
+@patch
+def normed(self: _Walk, theirs, path, norms):
+    "What a layer with weight or spectral norm becomes."
+    row_number, plain = len(self.rows), _without_norms(theirs, norms)
+    ours = self.made[id(theirs)] = self.convert(plain, path)
+    row = self.rows[row_number]
+    for name, tensor in ((name, t) for of in norms for name, t in _parts(theirs, of).items()):
+        for other in self.memory.shared(tensor, f"{path}.{name}".lstrip("."), True):
+            row.reasons.append(f"its {name} is also {other}, and copies would not stay tied")
+    if not isinstance(ours, (_ConvNd, nn.Linear)) and not row.reasons:
+        row.reasons.append(f"its {', '.join(norms)} has a norm, which only convolutions and linear "
+                           "layers have here")
+    if not row.reasons: _with_norms(ours, theirs, norms)
+    return ours
 
 # %% ../../nbs/13_models.ipynb #4f1b1ee9
 def _class_name(layer, reasons=()):
@@ -506,7 +526,7 @@ def bare_for(self: _Walk, cls, theirs):
 def instance(self: _Walk, equal, theirs):
     "The layer that stands for `theirs`, without its tensors."
     arguments = equal.arguments(theirs)
-    if issubclass(equal.cls, _Formatted): arguments["data_format"] = self.data_format
+    if issubclass(equal.cls, _FORMATTED): arguments["data_format"] = self.data_format
     return equal.cls(**arguments)
 
 # %% ../../nbs/13_models.ipynb #a79f71e0
@@ -549,7 +569,7 @@ def leaf(self: _Walk, theirs, path, row):
     tensors = [name for name in (*theirs._parameters, *theirs._buffers) if name in inner]
     row.reasons += _fill(inner, theirs, tensors)
     inner._training = theirs.training
-    if not (self.last or isinstance(inner, _Formatted)) and axes in ("channels", "spatial"):
+    if not (self.last or isinstance(inner, _FORMATTED)) and axes in ("channels", "spatial"):
         ours = ChannelsFirst(inner)
     else: ours = inner
     ours = self.flows(ours, theirs, known.__name__)
@@ -661,20 +681,23 @@ def convert_model(
     *,
     data_format: str = "channels_first",  # of the result's input: 'channels_last' is faster
     modules: dict | None = None,  # class with a forward of its own -> mlx.nn.Module with __call__
+    fold: bool = False,  # whether convolutions take in the BatchNorms behind them, and other norms
 ) -> nn.Module:  # the same network, of our layers and mlx.nn's
     """PyTorch's network as one of MLX, with a copy of parameters, buffers and plain attributes.
 
     What PyTorch's state holds, `to_torch_state` gives for the result, and nothing else. Dtypes,
     modes and what is frozen stay, and so does `model`. Channels last, inputs and outputs are
     `(N, *spatial, C)`. An object of a class in `modules` is made without its constructor. It draws
-    from `mx.random`. Raises `ValueError` that lists all layers that can't be converted and why,
-    `TypeError` for what is no module.
+    from `mx.random`. With `fold`, `fold_weight_norm` and `fold_batch_norm` work on the
+    result. Raises `ValueError` that lists all layers that can't be converted and why, `TypeError`
+    for what is no module.
     """
+    if not isinstance(fold, bool): raise TypeError(f"fold must be a bool, but got {fold!r}")
     ours, report = _walked(model, data_format, modules)
     if refused := [str(row) for row in report if row.reasons]:
         raise ValueError(f"{len(refused)} of {len(report)} layers can't be converted:\n\t"
                          + "\n\t".join(refused))
-    return ours
+    return fold_batch_norm(fold_weight_norm(ours)) if fold else ours
 
 # %% ../../nbs/13_models.ipynb #c67626df
 def conversion_report(

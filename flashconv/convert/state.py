@@ -15,7 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..base import (
-    IncompatibleKeys, _from_place, _key_errors, _mlx_axis, _state_places, _to_place)
+    IncompatibleKeys, _from_place, _key_errors, _mlx_axis, _state_places, _to_place,
+    _under_new_names)
 from .checkpoints import (
     _below, _check_state, _folded, _hints, _read_all, _renamed)
 from .layers import _as_array, _to_tensor
@@ -110,6 +111,7 @@ def load_torch_state(
     state, shared, others = _model_part(source, file, prefix, rename)
     if fold: state = _folded(state, {name: _norm_axis(place) for name, place in places.items()})
     if shared is not None: state |= _shared(state, shared, places)
+    state = _under_new_names(state, places)
     state = {name: value for name, value in state.items()
              if name in places or not _is_count(name, places | state)}
     keys = IncompatibleKeys([name for name in places if name not in state

@@ -32,25 +32,52 @@ bool is_text(nb::handle value, const char* text) {
          PyUnicode_CompareWithASCIIString(value.ptr(), text) == 0;
 }
 
-using Pairs = vector<std::pair<int64_t, int64_t>>;
+using Pair = std::pair<int64_t, int64_t>;
+using Pairs = vector<Pair>;
 
-// Padding as pairs: 'same' puts the odd zero after, 'valid' has none.
+// An amount for both sides, or a tuple with one for each.
+optional<Pair> as_pair(nb::handle value) {
+  if (auto one = as_int(value)) return Pair(*one, *one);
+  auto both = as_lengths(value, 2);
+  return both ? optional<Pair>({(*both)[0], (*both)[1]}) : std::nullopt;
+}
+
+// What 'same_upper' pads, where the last window starts at a multiple of the stride.
+int64_t strided_total(int64_t size, int64_t reach, int64_t stride) {
+  int64_t last = (size - 1) / stride * stride;
+  return std::max<int64_t>(last + reach + 1 - size, 0);
+}
+
+// What a name stands for along one axis that the kernel spans, less one.
+optional<Pair> named_pair(nb::handle name, int64_t size, int64_t reach, int64_t stride) {
+  if (is_text(name, "same") && stride == 1) return Pair(reach / 2, reach - reach / 2);
+  if (is_text(name, "causal")) return Pair(reach, 0);
+  int64_t total = strided_total(size, reach, stride);
+  if (is_text(name, "same_upper")) return Pair(total / 2, total - total / 2);
+  if (is_text(name, "same_lower")) return Pair(total - total / 2, total / 2);
+  return std::nullopt;
+}
+
+// Padding as a pair for each axis.
 optional<Pairs> as_pairs(nb::handle value, int axes, const Lengths& stride, const Lengths& dilation,
-                         const mx::Shape& weight) {
+                         const mx::Shape& weight, const int* sizes, optional<Lengths>& extra) {
   if (is_text(value, "valid")) return Pairs(axes, {0, 0});
+  bool is_name = PyUnicode_CheckExact(value.ptr()), is_tuple = PyTuple_CheckExact(value.ptr());
+  if (is_tuple && PyTuple_GET_SIZE(value.ptr()) != axes) return std::nullopt;
+  if (is_text(value, "causal") && axes > 1) return std::nullopt;
   Pairs pairs;
-  if (is_text(value, "same")) {
-    for (int i = 0; i < axes; i++) {
-      int64_t total = 0;
-      if (stride[i] != 1 || __builtin_mul_overflow(dilation[i], weight[2 + i] - 1, &total))
-        return std::nullopt;
-      pairs.push_back({total / 2, total - total / 2});
-    }
-    return pairs;
+  for (int i = 0; i < axes; i++) {
+    int64_t reach = 0;
+    if (stride[i] < 1 || __builtin_mul_overflow(dilation[i], weight[2 + i] - 1, &reach))
+      return std::nullopt;
+    optional<Pair> pair = is_name ? named_pair(value, sizes[i], reach, stride[i])
+                                  : as_pair(is_tuple ? PyTuple_GET_ITEM(value.ptr(), i) : value);
+    if (!pair) return std::nullopt;
+    pairs.push_back(*pair);
+    if (!is_name || !extra) continue;
+    pairs[i] = {0, std::max<int64_t>(reach + 1 - stride[i], 0)};
+    (*extra)[i] += std::max<int64_t>(stride[i] - reach - 1, 0);
   }
-  auto lengths = as_lengths(value, axes);
-  if (!lengths) return std::nullopt;
-  for (int64_t length : *lengths) pairs.push_back({length, length});
   return pairs;
 }
 
@@ -72,11 +99,12 @@ optional<mx::array> convolve(int axes, nb::handle input, nb::handle weight, nb::
   auto distances = as_lengths(dilation, axes);
   auto blocks = as_int(groups);
   if (!steps || !distances || !blocks) return std::nullopt;
-  auto pairs = as_pairs(padding, axes, *steps, *distances, w->shape());
   optional<Lengths> extra;
   if (!output_padding.is_none() && !(extra = as_lengths(output_padding, axes))) return std::nullopt;
   for (int i = 0; i < axes && extra; i++)  // PyTorch's rule; no kernel needs it
     if ((*extra)[i] >= std::max((*steps)[i], (*distances)[i])) return std::nullopt;
+  const int* sizes = &x->shape()[is_last ? 1 : 2];
+  auto pairs = as_pairs(padding, axes, *steps, *distances, w->shape(), sizes, extra);
   mx::Device device = mx::default_device();
   if (!pairs || device != mx::Device::cpu) return std::nullopt;
   try {
