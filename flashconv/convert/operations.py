@@ -109,7 +109,7 @@ OPERATIONS |= {
     "view_as_real": lambda x: mx.stack([mx.real(x), mx.imag(x)], -1),
     "view_as_complex": lambda x: x[..., 0] + 1j * x[..., 1],
     "angle": lambda x: mx.arctan2(mx.imag(x), mx.real(x)) if x.dtype == mx.complex64
-    else mx.where(x < 0, math.pi, 0.0).astype(x.dtype if _is_real(x) else mx.float32)}
+    else mx.where(mx.isnan(x), x, mx.where(x < 0, math.pi, 0.0))}
 
 # %% ../../nbs/24_operations.ipynb #1680dd16
 def _shared_tie(function):
@@ -147,7 +147,13 @@ def _masked_fill(x, mask, value):
 # %% ../../nbs/24_operations.ipynb #0b880bf5
 @_operation("nan_to_num")
 def _nan_to_num(x, nan=None, posinf=None, neginf=None):
-    return mx.nan_to_num(x, 0.0 if nan is None else nan, posinf, neginf)
+    if not mx.issubdtype(x.dtype, mx.floating): return x
+    limits = mx.finfo(x.dtype)
+    values = ((mx.isnan(x), 0.0 if nan is None else nan),
+              (mx.isposinf(x), limits.max if posinf is None else posinf),
+              (mx.isneginf(x), limits.min if neginf is None else neginf))
+    for mask, value in values: x = mx.where(mask, mx.array(value, x.dtype), x)
+    return x
 
 # %% ../../nbs/24_operations.ipynb #b254bd15
 @_operation("clamp", "clip", "clamp_Tensor")
@@ -165,7 +171,7 @@ def _softplus(x, beta=1, threshold=20):
 
 @_operation("elu")
 def _elu(x, alpha=1.0, scale=1.0, input_scale=1.0):
-    below = (scale * alpha) * mx.expm1(mx.minimum(x, 0) * input_scale)
+    below = (scale * alpha) * mx.expm1(mx.where(x > 0, 0, x) * input_scale)
     return mx.where(x > 0, x * scale, below)
 
 @_operation("log_sigmoid")
@@ -188,9 +194,7 @@ def _hardtanh(x, low=-1.0, high=1.0): return _bounded(x, low, high)
 def _hardsigmoid(x): return (_bounded(_wide(x), -3, 3) / 6 + 0.5).astype(x.dtype)
 
 @_operation("hardswish")
-def _hardswish(x): 
-    inner = x * (x / 6 + 0.5)
-    return mx.where(x < -3, mx.zeros_like(x), mx.where(x > 3, x, inner))
+def _hardswish(x): return (x * (_bounded(_wide(x) + 3, 0, 6) / 6)).astype(x.dtype)
 
 # %% ../../nbs/24_operations.ipynb #feafccac
 @_operation("prelu", "_prelu_kernel")
@@ -275,12 +279,13 @@ def _arange(*numbers, dtype=None, **_):
 @_operation("linspace")
 def _linspace(start, end, steps, *, dtype=None, **_):
     "From both ends to the middle, as PyTorch counts."
+    dtype = dtype or mx.float32
     real = np.float64 if dtype == mx.float64 else np.float32
-    if steps == 1: return mx.array([start], dtype or mx.float32)
+    if steps == 1: return mx.array([start], dtype)
     step, i = real((end - start) / max(steps - 1, 1)), np.arange(steps)
     values = np.where(i < steps // 2, real(start) + step * i.astype(real),
                       real(end) - step * (steps - 1 - i).astype(real))
-    return mx.array(values.astype(real)).astype(dtype or mx.float32)
+    return mx.array(values.astype(real)).astype(dtype)
 
 # %% ../../nbs/24_operations.ipynb #d7cc8cfe
 def _drawn(draw):
