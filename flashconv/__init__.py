@@ -11,7 +11,7 @@ from flashconv.base import _ConvNd
 from flashconv.conv import Conv1d, Conv2d, Conv3d
 from flashconv.convert import (
     conversion_report, convert_model, downgrade, from_mlx, from_torch, load_mlx_weights,
-    load_torch_state, save_torch_state, to_mlx, to_torch, to_torch_state, upgrade)
+    load_torch_state, save_torch_state, source, to_mlx, to_torch, to_torch_state, upgrade)
 from flashconv.lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
     LazyConvTranspose3d, materialize)
@@ -32,6 +32,6 @@ __all__ = [
     "ConvTranspose2d", "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d",
     "LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize",
     "from_torch", "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state",
-    "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm",
-    "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations", "_ConvNd",
+    "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "source",
+    "upgrade", "downgrade", "algorithm", "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations", "_ConvNd",
     "_ConvTransposeNd"]

@@ -93,6 +93,7 @@ class _Lines:
         self.torch, self.lines, self.problems = torch, [], []
         self.name, self.version, self.same, self.parent = {}, {}, {}, {}
         self.taken, self.state_nodes, self.written = set(), {}, {}
+        self.stack, self.stacks = (), []
         self.uses, self.calls, self.failed, self.stopped = [], [], set(), set()
         self.sharing, self.results, self.arguments, self.expressions = {}, {}, {}, {}
         self.own_names = {key: "own_" + re.sub(r"\W", "_", key) for key in own}
@@ -108,7 +109,7 @@ OPS = SimpleNamespace(**OPERATIONS)
 @patch
 def fresh(self: _Lines, hint):
     "A name that nothing has."
-    stem = re.sub(r"\W", "_", re.sub(r"(_\d+)+$|_+$", "", hint)) or "x"
+    stem = re.sub(r"\W", "_", re.sub(r"(_+\d*)+$", "", hint)) or "x"
     if stem[0].isdigit(): stem = "x" + stem
     names = (stem if not i else f"{stem}_{i}" for i in range(len(self.taken) + 2))
     name = next(name for name in names if name not in self.taken)
@@ -127,6 +128,7 @@ def run(self: _Lines, line):
     "Add a line, and run it."
     exec(line, self.space)
     self.lines.append(line)
+    self.stacks.append(self.stack)
 
 # %% ../../nbs/28_graphs.ipynb #451e2ac5
 @patch
@@ -366,6 +368,8 @@ def graph(self: _Lines, graph):
     for node in graph.nodes:
         if node.op == "output": return node.args[0]
         if node.op == "call_function":
+            stack = node.meta.get("nn_module_stack")
+            if stack: self.stack = tuple(call for call, _ in list(stack.values())[1:])
             self.node(node)
 
 # %% ../../nbs/28_graphs.ipynb #0e1fbd9f
