@@ -45,20 +45,30 @@ def _found(node, own):
 # %% ../../nbs/28_graphs.ipynb #d85dc8e7
 def _line_of(node):
     "Where in the user's code a node comes from."
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    traced = next((n for n in _before(node) if n.meta.get("stack_trace")), node)
+    lines = [line.strip() for line in (traced.meta.get("stack_trace") or "").splitlines()]
     files = [i for i, line in enumerate(lines) if line.startswith("File ")]
     users = [i for i in files if not re.search(r"[/\\]torch[/\\](nn|_\w+|functional)", lines[i])]
-    if not files: return _module_of(node) or "a line that the exporter has not kept"
+    if not files: return _module_of(node) or "a line that the exported program does not say"
     i = (users or files)[-1]
     code = lines[i + 1] if i + 1 < len(lines) and i + 1 not in files else ""
     return lines[i].removeprefix("File ") + (f": {code}" if code else "")
 
+def _before(node):
+    "A node, what it is made of, and what comes before it: the exporter notes no line for some."
+    yield node
+    yield from node.all_input_nodes
+    while node.op == "call_function":
+        node = node.prev
+        yield node
+
+# %% ../../nbs/28_graphs.ipynb #a54de0ba
 def _module_of(node):
     "The path of the module whose forward a node belongs to."
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return stack[-1][0].partition("@")[0] if stack else ""
 
-# %% ../../nbs/28_graphs.ipynb #c6509386
+# %% ../../nbs/28_graphs.ipynb #9b3a2f8d
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "mm": "@", "bmm": "@",
           "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _NUMBERS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//",
@@ -84,7 +94,7 @@ _PLAIN = {"relu": "mx.maximum({0}, 0)", "sigmoid": "mx.sigmoid({0})", "tanh": "m
           "permute": "mx.transpose({0}, {1})", "reshape": "mx.reshape({0}, {1})",
           "stack": "mx.stack({0}, {1})", "clone": "{0}", "contiguous": "{0}", "alias": "{0}"}
 
-# %% ../../nbs/28_graphs.ipynb #c99685e7
+# %% ../../nbs/28_graphs.ipynb #f24b1160
 class _Lines:
     "A graph on its way to Python: lines, what they gave, and what stood in the way."
 
@@ -93,7 +103,7 @@ class _Lines:
         self.torch, self.lines, self.problems = torch, [], []
         self.name, self.version, self.same, self.parent = {}, {}, {}, {}
         self.taken, self.state_nodes, self.written = set(), {}, {}
-        self.stack, self.stacks = (), []
+        self.stack, self.stacks, self.kept = (), [], {}
         self.uses, self.calls, self.failed, self.stopped = [], [], set(), set()
         self.sharing, self.results, self.arguments, self.expressions = {}, {}, {}, {}
         self.own_names = {key: "own_" + re.sub(r"\W", "_", key) for key in own}
@@ -105,7 +115,7 @@ class _Lines:
 
 OPS = SimpleNamespace(**OPERATIONS)
 
-# %% ../../nbs/28_graphs.ipynb #dfcd83eb
+# %% ../../nbs/28_graphs.ipynb #53ea5a22
 @patch
 def fresh(self: _Lines, hint):
     "A name that nothing has."
@@ -122,7 +132,7 @@ def problem(self: _Lines, node, what, remedy):
     text = f"{what}, at {_line_of(node)} ({remedy})"
     if text not in self.problems: self.problems.append(text)
 
-# %% ../../nbs/28_graphs.ipynb #53812bc9
+# %% ../../nbs/28_graphs.ipynb #c70734a9
 @patch
 def run(self: _Lines, line):
     "Add a line, and run it."
@@ -130,7 +140,7 @@ def run(self: _Lines, line):
     self.lines.append(line)
     self.stacks.append(self.stack)
 
-# %% ../../nbs/28_graphs.ipynb #451e2ac5
+# %% ../../nbs/28_graphs.ipynb #9baef64c
 @patch
 def emit(self: _Lines, node, expression, hint=None):
     "A line that gives a node its value, checked against what PyTorch has noted."
@@ -149,13 +159,13 @@ def emit(self: _Lines, node, expression, hint=None):
 _REMEDY = "give a function for it in operations={...}, or an MLX module for what holds it in " \
           "modules={...}"
 
-# %% ../../nbs/28_graphs.ipynb #b7833659
+# %% ../../nbs/28_graphs.ipynb #d78c0d43
 @patch
 def title(self: _Lines, node):
     schema = getattr(node.target, "_schema", None)
     return schema.name if schema else str(getattr(node.target, "__name__", node.target))
 
-# %% ../../nbs/28_graphs.ipynb #fde62a98
+# %% ../../nbs/28_graphs.ipynb #c0f683c4
 @patch
 def checked(self: _Lines, node, expression, value):
     "The expression, with a cast where the dtype is another; ValueError if the shape is."
@@ -175,7 +185,7 @@ def _hint(size):
     "A size as the example has it."
     return size if isinstance(size, int) else int(size.node.hint)
 
-# %% ../../nbs/28_graphs.ipynb #7753e321
+# %% ../../nbs/28_graphs.ipynb #395e953a
 @patch
 def dtype(self: _Lines, theirs):
     name = _name(theirs)
@@ -183,7 +193,7 @@ def dtype(self: _Lines, theirs):
     if not isinstance(found, mx.Dtype): raise ValueError(f"MLX has no {name}")
     return found
 
-# %% ../../nbs/28_graphs.ipynb #f6c27bed
+# %% ../../nbs/28_graphs.ipynb #1ef8a722
 @patch
 def stand_in(self: _Lines, node):
     "Zeros in place of what could not be computed, to find out what else can't."
@@ -194,7 +204,7 @@ def stand_in(self: _Lines, node):
         except Exception: return mx.zeros(())
     return zeros(node.meta.get("val"))
 
-# %% ../../nbs/28_graphs.ipynb #0a31e9ad
+# %% ../../nbs/28_graphs.ipynb #82fbd3c0
 @patch
 def text(self: _Lines, value):
     "An argument as Python."
@@ -207,7 +217,7 @@ def text(self: _Lines, value):
     if isinstance(value, (torch.device, torch.layout, torch.memory_format)): return "None"
     return repr(value)
 
-# %% ../../nbs/28_graphs.ipynb #4c4700e9
+# %% ../../nbs/28_graphs.ipynb #ddcd1776
 _LAST = 2**62  # and more is PyTorch's way to say: to the end
 
 @patch
@@ -227,7 +237,7 @@ def expression(self: _Lines, node, first=None):
     plain = self.plain(node, key, arguments, named)
     return _call(f"ops.{key}", arguments, named) if plain is None else plain
 
-# %% ../../nbs/28_graphs.ipynb #5343bc8b
+# %% ../../nbs/28_graphs.ipynb #932ff804
 def _call(function, arguments, named):
     return f"{function}({', '.join([*arguments, *(f'{k}={v}' for k, v in named.items())])})"
 
@@ -238,7 +248,7 @@ def item(self: _Lines, node, first=None):
     if first is None: return f"{self.name[source]}[{index}]"
     return f"{self.expression(source, first)}[{index}]"
 
-# %% ../../nbs/28_graphs.ipynb #25d8e164
+# %% ../../nbs/28_graphs.ipynb #66e29154
 @patch
 def plain(self: _Lines, node, key, arguments, named):
     "An operation as Python or MLX say it; None where they don't."
@@ -259,14 +269,14 @@ def plain(self: _Lines, node, key, arguments, named):
     if key in ("view", "_unsafe_view") and isinstance(node.args[1], (list, tuple)):
         return f"mx.reshape({', '.join(arguments)})"
 
-# %% ../../nbs/28_graphs.ipynb #b36c7b41
+# %% ../../nbs/28_graphs.ipynb #ceda18be
 def _operand(text): return text if re.fullmatch(r"[\w.\[\]\"]+(\(.*\))?", text) else f"({text})"
 
 @patch
 def is_whole_product(self: _Lines, node, key):
     return _INFIX[key] == "@" and not node.meta["val"].dtype.is_floating_point
 
-# %% ../../nbs/28_graphs.ipynb #76c42b6d
+# %% ../../nbs/28_graphs.ipynb #c4a5b07e
 @patch
 def mode(self: _Lines, node, key, flag):
     "A training flag: the mode of the module that a node belongs to, or what it always is."
@@ -276,7 +286,7 @@ def mode(self: _Lines, node, key, flag):
     if key in _NORMS and node.args[3] is None: follows = False
     return f"{owner}.training" if follows else repr(bool(flag))
 
-# %% ../../nbs/28_graphs.ipynb #88b49466
+# %% ../../nbs/28_graphs.ipynb #8666d70c
 @patch
 def itself(self: _Lines, node):
     "The node that a node is another name of."
@@ -290,7 +300,7 @@ def bottom(self: _Lines, node):
     while node in self.parent: node = self.itself(self.parent[node])
     return node
 
-# %% ../../nbs/28_graphs.ipynb #f07dc42c
+# %% ../../nbs/28_graphs.ipynb #170c12ce
 @patch
 def read(self: _Lines, node):
     "The name of a node's value as it is now."
@@ -303,7 +313,7 @@ def read(self: _Lines, node):
         self.version[node] = now
     return self.name[node]
 
-# %% ../../nbs/28_graphs.ipynb #97793e00
+# %% ../../nbs/28_graphs.ipynb #3fc4fea2
 @patch
 def view(self: _Lines, node, first):
     "A view as an expression of what it looks at."
@@ -321,7 +331,7 @@ def look(self: _Lines, node):
             self.version[node] = self.version.get(self.bottom(source), 0)
     self.sharing.setdefault(self.memory(node), []).append(node)
 
-# %% ../../nbs/28_graphs.ipynb #a0e37734
+# %% ../../nbs/28_graphs.ipynb #303cac79
 @patch
 def memory(self: _Lines, node):
     "What identifies the memory of a tensor; None for what is none."
@@ -329,7 +339,7 @@ def memory(self: _Lines, node):
     if not isinstance(value, self.torch.Tensor): return None
     return value.untyped_storage()._cdata
 
-# %% ../../nbs/28_graphs.ipynb #1ef46f79
+# %% ../../nbs/28_graphs.ipynb #12f16052
 @patch
 def put(self: _Lines, node, target, value):
     "Let `target`, which may be a view, be `value` from here on."
@@ -353,15 +363,16 @@ def put(self: _Lines, node, target, value):
     self.version[bottom] = self.version.get(bottom, 0) + 1
     if chain: self.version[chain[0]] = self.version[bottom]
     if bottom.op == "placeholder": self.written[bottom] = True
+    if bottom in self.state_nodes: self.kept[value] = self.state.place_of(self.state_nodes[bottom])
 
-# %% ../../nbs/28_graphs.ipynb #84bcf7a2
+# %% ../../nbs/28_graphs.ipynb #f58bcb9a
 @patch
 def is_spread(self: _Lines, view):
     return view.op == "call_function" and view.target is not operator.getitem and \
         _operation_name(view) in ("expand", "expand_as", "broadcast_to", "unfold") and \
         any(s == 0 for s, n in zip(view.meta["val"].stride(), view.meta["val"].shape) if _hint(n) > 1)
 
-# %% ../../nbs/28_graphs.ipynb #0d8e5cd1
+# %% ../../nbs/28_graphs.ipynb #deb6b17b
 @patch
 def graph(self: _Lines, graph):
     "All lines of a graph; returns what it gives back."
@@ -372,7 +383,7 @@ def graph(self: _Lines, graph):
             if stack: self.stack = tuple(call for call, _ in list(stack.values())[1:])
             self.node(node)
 
-# %% ../../nbs/28_graphs.ipynb #0e1fbd9f
+# %% ../../nbs/28_graphs.ipynb #ad685d40
 @patch
 def node(self: _Lines, node):
     "The line of one node."
@@ -394,7 +405,7 @@ def node(self: _Lines, node):
         self.name[node] = self.value(node)
         self.look(node)
 
-# %% ../../nbs/28_graphs.ipynb #5cd05bce
+# %% ../../nbs/28_graphs.ipynb #f15cb96c
 @patch
 def value(self: _Lines, node):
     "The name of what a node computes."
@@ -410,7 +421,7 @@ def fits(self: _Lines, node, name):
     try: return self.checked(node, name, self.space[name]) == name
     except (KeyError, ValueError): return False
 
-# %% ../../nbs/28_graphs.ipynb #a106ac44
+# %% ../../nbs/28_graphs.ipynb #2616be76
 @patch
 def without(self: _Lines, node, reason):
     self.problem(node, f"{self.title(node)}: {reason}", _REMEDY)
@@ -431,12 +442,12 @@ def is_unknown_number(self: _Lines, node):
         self.space[self.name[node]] = self.stand_in(node)
         return True
 
-# %% ../../nbs/28_graphs.ipynb #114b9b85
+# %% ../../nbs/28_graphs.ipynb #96679b4a
 def _is_unknown(value):
     sizes = [value] if hasattr(value, "node") else getattr(value, "shape", ())
     return any(hasattr(size, "node") and size.node.hint is None for size in sizes)
 
-# %% ../../nbs/28_graphs.ipynb #1537cd3d
+# %% ../../nbs/28_graphs.ipynb #eef93338
 @patch
 def in_place(self: _Lines, node):
     "An operation that changes its first argument."
@@ -458,7 +469,7 @@ def counted(self: _Lines, node, before):
     owner = self.state.owner(self.state_nodes[self.itself(node.args[0])].rpartition(".")[0])
     return self.emit(node, f"{before} + int({owner}.training)")
 
-# %% ../../nbs/28_graphs.ipynb #6423abae
+# %% ../../nbs/28_graphs.ipynb #6184777d
 @patch
 def one_of(self: _Lines, node):
     "One of several results."
@@ -467,7 +478,7 @@ def one_of(self: _Lines, node):
     self.name[node] = self.emit(node, f"{self.name[node.args[0]]}[{node.args[1]}]")
     self.look(node)
 
-# %% ../../nbs/28_graphs.ipynb #cb64f387
+# %% ../../nbs/28_graphs.ipynb #d550a971
 @patch
 def norm(self: _Lines, node):
     "A norm with running statistics, which the line gives back and the module keeps."
@@ -480,7 +491,7 @@ def norm(self: _Lines, node):
     for i, statistic in enumerate(running, 1):
         self.put(node, statistic, self.emit(self.itself(statistic), f"{results}[{i}]"))
 
-# %% ../../nbs/28_graphs.ipynb #ca7373ef
+# %% ../../nbs/28_graphs.ipynb #6fbea839
 @patch
 def value_of_norm(self: _Lines, node):
     if node.args[6] is None: self.problem(node, "a norm with momentum=None, a mean over all "
@@ -502,12 +513,12 @@ def number(self: _Lines, node):
     else: return self.refuse_number(node, name)
     self.name[node] = self.emit(node, expression, "n")
 
-# %% ../../nbs/28_graphs.ipynb #b36bfe5e
+# %% ../../nbs/28_graphs.ipynb #99babad2
 @patch
 def refuse_number(self: _Lines, node, name):
     self.name[node] = self.without(node, f"arithmetic on sizes with {name} has no equal")
 
-# %% ../../nbs/28_graphs.ipynb #b660778c
+# %% ../../nbs/28_graphs.ipynb #76405873
 @patch
 def block(self: _Lines, node):
     "The lines of a graph within the graph."
@@ -526,7 +537,7 @@ def block(self: _Lines, node):
     result = result if isinstance(result, (tuple, list)) else (result,)
     self.results[node] = result, "set_grad_enabled" in kind and not arguments[0]
 
-# %% ../../nbs/28_graphs.ipynb #d6cd78ef
+# %% ../../nbs/28_graphs.ipynb #3728e7aa
 @patch
 def refuse_block(self: _Lines, node, what):
     self.problem(node, f"{what} has no equal", "write it with where, or give an MLX module for "
@@ -534,7 +545,7 @@ def refuse_block(self: _Lines, node, what):
     self.name[node] = self.fresh(node.name)
     self.space[self.name[node]] = self.stand_in(node)
 
-# %% ../../nbs/28_graphs.ipynb #c1a637d9
+# %% ../../nbs/28_graphs.ipynb #d4ff1efa
 @patch
 def adopt(self: _Lines, node, results, is_detached, index):
     "A result of a block: the inner node under another name, or detached."
@@ -548,7 +559,7 @@ def adopt(self: _Lines, node, results, is_detached, index):
         self.version[node] = self.version.get(self.bottom(inner), 0)
         self.name[node] = self.emit(node, f"mx.stop_gradient({self.read(inner)})")
 
-# %% ../../nbs/28_graphs.ipynb #0d266318
+# %% ../../nbs/28_graphs.ipynb #9e41f5a6
 def _needed(lines, last):
     "The lines on which the last ones depend."
     wanted, kept = set(re.findall(r"[A-Za-z_]\w*", "\n".join(last))), []

@@ -56,7 +56,7 @@ def _key(name, taken):
     "The key under which MLX finds what PyTorch calls `name`."
     key = name.lstrip("_") or "x"
     if key.isdigit(): key = f"item_{key}"
-    if hasattr(nn.Module, key) or key in ("kind", "names", "buffers", "frozen"): key += "_"
+    if hasattr(nn.Module, key) or key in ("self", "kind", "names", "buffers", "frozen"): key += "_"
     while key != name and key in taken: key += "_"
     return key
 
@@ -88,6 +88,10 @@ class _Tree:
         steps = (f".{k}" if isinstance(k, str) and k.isidentifier() and not k.startswith("_")
                  else f"[{k!r}]" for k in keys)
         return "self" + "".join(steps)
+
+    def place_of(self, name):
+        "The expression of an array by PyTorch's name."
+        return self.text(self.paths[name])
 
     def owner(self, path):
         "The expression of the part, or the nearest above it, of a path of PyTorch's."
@@ -462,28 +466,40 @@ def _known_numbers(model, torch):
         values = {name: property(lambda _, n=tensor.item(): torch.tensor(n))
                   for name, tensor in numbers.items()}
         module.__class__ = type(type(module).__name__, (type(module),), values)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try: yield
+    try: yield changed
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module, cls, buffers in changed:
             module.__class__ = cls
             module._buffers.clear()
             module._buffers.update(buffers)
 
-# %% ../../nbs/25_programs.ipynb #012fc7c1
+# %% ../../nbs/25_programs.ipynb #9e84a22b
+@contextlib.contextmanager
+def _plain_attention(torch):
+    "While a network is exported, attention is made of operations that have gradients."
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try: yield
+    finally: torch.backends.mha.set_fastpath_enabled(fast)
+
+# %% ../../nbs/25_programs.ipynb #32a7ee34
 def _export(torch, model, args, kwargs, dynamic_shapes, is_training):
     "The exported program in a mode."
     _register(torch, (args, kwargs))
-    with _in_mode(model, is_training), _known_numbers(model, torch), \
-            _without_own_gradients(torch), torch.enable_grad():
-        try: return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-        except Exception:
-            if not _registered_outputs(torch, model, args, kwargs): raise
+    def export():
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    with _in_mode(model, is_training), _plain_attention(torch), \
+            _without_own_gradients(torch), torch.enable_grad():
+        try: return export()
+        except _OwnGradient: raise
+        except Exception as error: first = error
+        if _registered_outputs(torch, model, args, kwargs): return export()
+        with _known_numbers(model, torch) as changed:
+            if not changed: raise first
+            try: return export()
+            except Exception: raise first from None
 
-# %% ../../nbs/25_programs.ipynb #0cbd8031
+# %% ../../nbs/25_programs.ipynb #d3ced939
 def _registered_outputs(torch, model, args, kwargs):
     "Whether the model gives a dataclass that PyTorch did not know; it does now."
     copies = torch.utils._pytree.tree_map(
@@ -496,7 +512,7 @@ def _registered_outputs(torch, model, args, kwargs):
         with torch.no_grad():
             for name, tensor in model.named_buffers(): tensor.copy_(state[name])
 
-# %% ../../nbs/25_programs.ipynb #368154e2
+# %% ../../nbs/25_programs.ipynb #35261539
 def _register(torch, value):
     "Make dataclasses known to the exporter. Whether there were any."
     leaves = torch.utils._pytree.tree_leaves(value)
@@ -507,7 +523,7 @@ def _register(torch, value):
                                                   for f in dataclasses.fields(leaf)])
     return bool(found)
 
-# %% ../../nbs/25_programs.ipynb #67fed6da
+# %% ../../nbs/25_programs.ipynb #ead10335
 _REMEDIES = ("Usual remedies: torch.where instead of an if on values, sizes instead of .item(), "
              "dynamic_shapes without what the message names, or an MLX module for the part in "
              "question in modules={...}")
@@ -519,15 +535,26 @@ def _refusal(error):
     reason = lines[0] if lines else type(error).__name__
     places = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
     own = [p for p in places if not re.search(r"[/\\]torch[/\\]", p[0])]
-    frames, trace = [], error.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno, ""))
-        trace = trace.tb_next
-    own += [f for f in frames if not re.search(r"[/\\](torch|flashconv)[/\\]|^<", f[0])][1:]
+    own += [place for place in _frames_of(error)
+            if not re.search(r"[/\\](torch|flashconv)[/\\]|^<", place[0])]
     where = f", at {own[-1][0]}, line {own[-1][1]}" if own else ""
     return f"{reason.rstrip('.')}{where}"
 
-# %% ../../nbs/25_programs.ipynb #b3aa47d3
+# %% ../../nbs/25_programs.ipynb #b2cbb7c7
+def _frames_of(error):
+    "The files and lines that an error came through, below those of its cause."
+    frames = []
+    while error is not None:
+        trace, own = error.__traceback__, []
+        while trace is not None:
+            own.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno, ""))
+            trace = trace.tb_next
+        is_inside = [i for i, frame in enumerate(own) if re.search(r"[/\\]torch[/\\]", frame[0])]
+        frames += own[is_inside[0]:] if is_inside else []
+        error = error.__cause__ or error.__context__
+    return frames
+
+# %% ../../nbs/25_programs.ipynb #95a344ed
 def _program(exported, tree, own, is_training, torch, names, calls=()):
     "The program of a graph, and what stood in its way."
     lines = _Lines(tree.root, tree, own, is_training, torch)
@@ -548,7 +575,7 @@ def _program(exported, tree, own, is_training, torch, names, calls=()):
         text, [i for i, _ in inputs], structures, functions, guards if ranges else [], ranges)
     return program, lines
 
-# %% ../../nbs/25_programs.ipynb #1dce92fe
+# %% ../../nbs/25_programs.ipynb #e68ff5b4
 def _dry(root, is_training):
     "Nothing: modes are those of the example."
     if is_training is not None: root.train(is_training)
@@ -561,7 +588,7 @@ def _ranges(exported):
         found.append(_Range(str(symbol), int(values.lower) if values.lower > 2 else 0, most))
     return found
 
-# %% ../../nbs/25_programs.ipynb #51e89a64
+# %% ../../nbs/25_programs.ipynb #dbbe6071
 def _inputs(lines, exported, tree, torch):
     "The inputs, with their names in the program, and the names of what is state."
     kinds, inputs, states = torch.export.graph_signature.InputKind, [], {}
@@ -575,27 +602,27 @@ def _inputs(lines, exported, tree, torch):
             path = tree.paths.get(spec.target)  # None: it belongs to a module of the user's
             _hold(lines, node, "None" if path is None else tree.text(path))
         elif spec.kind == kinds.CONSTANT_TENSOR:
-            _hold(lines, node, tree.text(_constant(tree, spec.target, exported.constants)))
+            _hold(lines, node, _constant(tree, spec.target, exported.constants))
         else: lines.problem(node, f"an input of kind {spec.kind.name}", "pass it as a tensor")
     return inputs, states
 
-# %% ../../nbs/25_programs.ipynb #94e3b1a1
+# %% ../../nbs/25_programs.ipynb #f2df4ea8
 def _hold(lines, node, expression):
     "Let a node be what an expression gives, at once."
     lines.name[node] = expression
     lines.sharing.setdefault(lines.memory(node), []).append(node)
 
 def _constant(tree, name, constants):
-    "Where a tensor lies that the network's code makes."
+    "The expression of a tensor that the network's code makes."
     held = tree.root.setdefault("_constants", {})
     array = _as_array(constants[name])
     if array is None:
         tree.problems.append(f"{name} is no dense tensor of a dtype that MLX has")
         array = mx.zeros(())
     held[name] = array
-    return "_constants", name
+    return f"self['_constants'][{name!r}]"
 
-# %% ../../nbs/25_programs.ipynb #f4f2ffae
+# %% ../../nbs/25_programs.ipynb #23cef347
 def _argument(lines, spec, node, torch):
     "An input of the user's: what it has to be, and its name in the program."
     value = node.meta.get("val") if node is not None else getattr(spec.arg, "value", None)
@@ -612,7 +639,7 @@ def _argument(lines, spec, node, torch):
     shape = tuple(map(_size, value.shape))
     return _Input(spec.arg.name, shape, str(value.dtype), None), name
 
-# %% ../../nbs/25_programs.ipynb #2059e1c4
+# %% ../../nbs/25_programs.ipynb #1baa6b70
 def _size(size):
     "A number, a name, or so many times a name."
     if isinstance(size, int): return size
@@ -623,13 +650,13 @@ def _size(size):
     more = int(expression.subs(symbol, 0))
     return _Size(str(symbol), int(expression.subs(symbol, 1)) - more, more)
 
-# %% ../../nbs/25_programs.ipynb #19c3fd4d
+# %% ../../nbs/25_programs.ipynb #0a7450a3
 def _ends(lines, exported, result, states):
     "The last lines: what was written to, and what is given back."
     kinds, ends = type(exported.graph_signature.output_specs[0].kind), []
     specs = exported.graph_signature.output_specs
     for node in lines.written:
-        if node in states: place = lines.state.text(lines.state.paths[states[node]])
+        if node in states: place = lines.state.place_of(states[node])
         else: place = None if node not in lines.arguments else f"{lines.arguments[node]}[...]"
         if place: ends.append(f"{place} = {lines.read(node)}")
     leaves = [value for value, spec in zip(result, specs) if spec.kind == kinds.USER_OUTPUT]
@@ -637,7 +664,7 @@ def _ends(lines, exported, result, states):
     ends.append(f"return ({', '.join(values)}{',' if len(values) == 1 else ''})")
     return ends
 
-# %% ../../nbs/25_programs.ipynb #657b4df3
+# %% ../../nbs/25_programs.ipynb #2a484255
 def _converted(source, args, kwargs, dynamic_shapes, operations, modules):
     "The network that a module, an exported program or its file becomes, and its lines by mode."
     torch = sys.modules.get("torch")
@@ -653,7 +680,7 @@ def _converted(source, args, kwargs, dynamic_shapes, operations, modules):
     _check_example(torch, source, args, kwargs)
     return _from_module(source, args, kwargs or {}, dynamic_shapes, own, modules or {}, torch)
 
-# %% ../../nbs/25_programs.ipynb #95f9b0e7
+# %% ../../nbs/25_programs.ipynb #c98dc31a
 def _loaded(torch, path):
     if path.suffix != ".pt2": raise ValueError(f"expected a file named .pt2, but got {path}")
     with open(path, "rb"): pass  # or the error that says why not
@@ -670,7 +697,7 @@ def _checked_operations(operations):
                         f"{operations!r}")
     return {key if "::" in key else f"aten::{key}": f for key, f in operations.items()}
 
-# %% ../../nbs/25_programs.ipynb #5548750a
+# %% ../../nbs/25_programs.ipynb #82e2f0fc
 def _check_example(torch, model, args, kwargs):
     "Refuse what is no example, and one on another device than the model."
     if not isinstance(args, tuple):
@@ -689,13 +716,14 @@ def _check_example(torch, model, args, kwargs):
         raise ValueError(f"the network and its example lie on {', '.join(sorted(devices))}: move "
                          "both to one, as in model.cpu()")
 
-# %% ../../nbs/25_programs.ipynb #99fd2c24
+# %% ../../nbs/25_programs.ipynb #ff8b02c9
 def _from_module(model, args, kwargs, dynamic_shapes, own, modules, torch):
     "A network made of a module: one program per mode."
     calls, exported = [], {}
     standing = {path: m for path, m in model.named_modules() if type(m) in modules}
     for mode in (False, True):
-        with _replaced_forwards(torch, standing, calls, args, kwargs, model):
+        with _replaced_forwards(torch, standing, calls, args, kwargs, model,
+                                dynamic_shapes is not None):
             try: exported[mode] = _export(torch, model, args, kwargs, dynamic_shapes, mode)
             except _OwnGradient as error: raise ValueError(f"{error}: {_REMEDIES}") from None
             except Exception as error: exported[mode] = error
@@ -712,7 +740,7 @@ def _from_module(model, args, kwargs, dynamic_shapes, own, modules, torch):
     for path, part in tree.parts.items(): part._training = modes[path]
     return _finished(tree, found)
 
-# %% ../../nbs/25_programs.ipynb #bce14143
+# %% ../../nbs/25_programs.ipynb #34ae2f37
 def _parameter_names(model):
     "The names of the arguments; a star before one that takes the rest."
     names = []
@@ -721,7 +749,7 @@ def _parameter_names(model):
         if p.kind != p.VAR_KEYWORD: names.append(p.name)
     return names
 
-# %% ../../nbs/25_programs.ipynb #3c84f559
+# %% ../../nbs/25_programs.ipynb #189c6b74
 def _from_exported(exported, own, torch):
     "A network made of an exported program, whose flags follow the mode."
     kinds, slots = _of_exported(exported)
@@ -737,7 +765,7 @@ def _from_exported(exported, own, torch):
     tree.root.train(any(flags))
     return _finished(tree, {False: program, True: program})
 
-# %% ../../nbs/25_programs.ipynb #66085430
+# %% ../../nbs/25_programs.ipynb #2cef0a20
 def _finished(tree, found):
     "The network, if nothing stands in its way; otherwise the list of what does."
     problems = [*tree.problems, *(p for f in found.values() if not isinstance(f, str)
@@ -750,7 +778,7 @@ def _finished(tree, found):
         vars(root)["_script"] = _script(tree, programs, lines)
     return root, lines, problems, tree
 
-# %% ../../nbs/25_programs.ipynb #2cee2119
+# %% ../../nbs/25_programs.ipynb #553735bc
 _FLAG = re.compile(r"self[\w.\[\]]*\.training|\bTrue\b|\bFalse\b")
 
 def _agreed(training, evaluation):
@@ -769,14 +797,29 @@ def _agreed(training, evaluation):
         agreed[name] = _FLAG.sub(lambda _: next(rest), expression)
     return agreed
 
-# %% ../../nbs/25_programs.ipynb #a3601a5d
+# %% ../../nbs/25_programs.ipynb #eaee09e3
 def _flag(training, evaluation):
     "What a flag is in both modes."
     if training == evaluation or training.endswith("training") and evaluation == "False":
         return training
     return "True" if training.endswith("training") and evaluation == "True" else None
 
-# %% ../../nbs/25_programs.ipynb #b9a28835
+# %% ../../nbs/25_programs.ipynb #2d0cd4eb
+def _kept_by_its_own(lines, stacks, tree):
+    "The values that the module that makes them keeps: name -> expression of the place."
+    made = {line.partition(" = ")[0]: stack for line, stack in stacks.items()}
+    return {name: place for name, place in lines.kept.items() if name in made
+            and place.rpartition(".")[0] == tree.owner(made[name][-1].partition("@")[0]
+                                                       if made[name] else "")}
+
+def _through_places(line, puts):
+    "A line that reads from its place what a module keeps."
+    name, equals, value = line.partition(" = ")
+    if not equals: name, value = "", line
+    value = re.sub(r"(?<![\w.'])[A-Za-z_]\w*", lambda m: puts.get(m[0], m[0]), value)
+    return f"{name}{equals}{value}"
+
+# %% ../../nbs/25_programs.ipynb #f73ecb62
 def _script(tree, programs, lines):
     "What the source of a network is written from; a sentence where there can be none."
     found = [mode for mode, program in programs.items() if not isinstance(program, str)]
@@ -784,24 +827,29 @@ def _script(tree, programs, lines):
     if tree.own or program.functions:
         return "the network holds modules or operations of yours, which a file would not find"
     kept, ends = _needed(lines[mode].lines, lines[mode].ends), lines[mode].ends
+    stacks = dict(zip(lines[mode].lines, lines[mode].stacks))
+    puts = _kept_by_its_own(lines[mode], stacks, tree)
     state = dict(line.split(" = ", 1) for line in ends[:-1])
+    state = {place: value for place, value in state.items() if value not in puts}
     script = {"kinds": tree.kinds, "owners": {path: tree.text(keys) for path, keys in tree.keys.items()},
               "structures": program.structures, "states": state, "results": lines[mode].results_text,
               "leaves": [(i.shape is not None, i.value) for i in program.inputs]}
-    stacks = dict(zip(lines[mode].lines, lines[mode].stacks))
     agreed = {}
     if len(found) == 2:
-        bare = {m: _needed(lines[m].lines, lines[m].ends[-1:]) for m in found}
+        last = [_through_places(end, puts) for end in lines[True].ends[-1:]]
+        bare = {False: _needed(lines[False].lines, lines[False].ends[-1:]),
+                True: _needed([_through_places(line, puts) for line in lines[True].lines], last)}
         agreed = _agreed(bare[True], bare[False])
     script |= {"inputs": lines[mode].input_names, "count": len(script["results"])}
-    pairs = [line.split(" = ", 1) for line in kept]
+    pairs = [_through_places(line, puts).split(" = ", 1) for line in kept]
     script["lines"] = [(name, (agreed or {}).get(name, value)) for name, value in pairs]
+    script["puts"] = puts
     script["stacks"] = [stacks[line] for line in kept]
     if agreed is None: script["flat"] = {
         "in_training" if m else "in_evaluation": programs[m].text for m in found}
     return script
 
-# %% ../../nbs/25_programs.ipynb #7b4a0fb0
+# %% ../../nbs/25_programs.ipynb #686c1696
 def from_program(
     model,  # torch.nn.Module, ExportedProgram, or the name of a .pt2 file
     args: tuple | None,  # an example of what the network is called with
@@ -817,7 +865,7 @@ def from_program(
                          + "\n\t".join(problems))
     return root
 
-# %% ../../nbs/25_programs.ipynb #42b368a5
+# %% ../../nbs/25_programs.ipynb #06b1a6f6
 class OperationRow(NamedTuple):
     "A row of a program's report."
     operation: str  # PyTorch's name
@@ -845,7 +893,7 @@ class ProgramReport(tuple):
         refused = [f"can't be converted: {problem}" for problem in self.problems]
         return "\n".join([*lines, total, *refused])
 
-# %% ../../nbs/25_programs.ipynb #6a98290e
+# %% ../../nbs/25_programs.ipynb #679ef64f
 def program_report(
     model,  # torch.nn.Module, ExportedProgram, or the name of a .pt2 file
     args: tuple | None,  # an example of what the network is called with
@@ -867,7 +915,7 @@ def program_report(
                if not slot.is_buffer and slot.name not in tree.aliases)
     return ProgramReport(sorted(table, key=lambda row: -row.count), size, problems)
 
-# %% ../../nbs/25_programs.ipynb #e83edeb0
+# %% ../../nbs/25_programs.ipynb #381c5ccd
 def _macs(node):
     "Multiplications of a convolution or a product, for the example."
     name, values = _operation_name(node), [getattr(a, "meta", {}).get("val") for a in node.args]
@@ -889,8 +937,8 @@ def became(self: _Lines, node):
     runs = _watched(lambda: eval(self.expressions[node], self.space))
     return ", ".join([f"functional.{key}", *sorted({run[0] for run in runs})])
 
-# %% ../../nbs/25_programs.ipynb #242a1ff2
-_STANDING = {}  # while a network is exported: number of a call -> the outputs' example
+# %% ../../nbs/25_programs.ipynb #1915edcc
+_STANDING = {}  # while a network is exported: number of a call -> what makes its outputs
 
 def _library(torch):
     "The operation that stands for a submodule, defined once."
@@ -902,32 +950,53 @@ def _library(torch):
     torch.library.register_fake("flashconv::submodule", run, lib=library)
     _STANDING["library"] = library  # which forgets its operations when it goes
 
-# %% ../../nbs/25_programs.ipynb #0f2e8e3b
+# %% ../../nbs/25_programs.ipynb #3fa5f346
 @contextlib.contextmanager
-def _replaced_forwards(torch, standing, calls, args, kwargs, model):
+def _replaced_forwards(torch, standing, calls, args, kwargs, model, varies):
     "While a network is exported, some submodules are one operation each."
     if standing: _library(torch)
+    seen = _seen_outputs(torch, standing, model, args, kwargs) if standing else {}
     for path, module in standing.items():
-        module.forward = _standing_forward(torch, path, module, type(module).forward, calls)
+        module.forward = _standing_forward(torch, path, module, type(module).forward, calls,
+                                           seen[path], varies)
     try: yield
     finally:
         for module in standing.values(): vars(module).pop("forward", None)
 
-# %% ../../nbs/25_programs.ipynb #8ac3f678
-def _standing_forward(torch, path, module, plain, calls):
+# %% ../../nbs/25_programs.ipynb #66aee8e9
+def _seen_outputs(torch, standing, model, args, kwargs):
+    "What some submodules give for the example: path -> the outputs of each call."
+    seen = {path: [] for path in standing}
+    hooks = [m.register_forward_hook(lambda m, i, output, path=path: seen[path].append(output))
+             for path, m in standing.items()]
+    state = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    copies = torch.utils._pytree.tree_map(
+        lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
+    try:
+        with _in_mode(model, False), torch.no_grad(): model(*copies[0], **copies[1])
+    finally:
+        for hook in hooks: hook.remove()
+        with torch.no_grad():
+            for name, tensor in model.named_buffers(): tensor.copy_(state[name])
+    return seen
+
+# %% ../../nbs/25_programs.ipynb #f6778307
+def _standing_forward(torch, path, module, plain, calls, seen, varies):
     "A forward that the graph has as one operation."
-    tree = torch.utils._pytree
+    tree, count = torch.utils._pytree, iter(range(10**6))
 
     def forward(*args, **kwargs):
         leaves, spec = tree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        call, made = len(calls), {}
+        call, made, example = len(calls), {}, seen[next(count) % len(seen)]
 
         def run(inputs):
             rest = iter(inputs)
             full = [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             a, k = tree.tree_unflatten(full, spec)
-            outputs, made["spec"] = tree.tree_flatten(plain(module, *a, **k))
+            if varies: result = plain(module, *a, **k)
+            else: result = tree.tree_map(lambda t: inputs[0].new_empty(t.shape, dtype=t.dtype), example)
+            outputs, made["spec"] = tree.tree_flatten(result)
             return [output.clone() for output in outputs]
         _STANDING[call] = run
         calls.append((path, leaves, spec, made, torch))
@@ -935,7 +1004,7 @@ def _standing_forward(torch, path, module, plain, calls):
         return tree.tree_unflatten(outputs, made["spec"])
     return forward
 
-# %% ../../nbs/25_programs.ipynb #886f7e69
+# %% ../../nbs/25_programs.ipynb #9fb2e2ed
 def _stand_ins(standing, modules):
     "The user's modules in MLX, with the tensors and the attributes of PyTorch's."
     return {path: convert_model(module, modules=modules) for path, module in standing.items()}

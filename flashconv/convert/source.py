@@ -106,18 +106,11 @@ class _Writer:
     def __init__(self, script):
         self.script, self.methods = script, {}
         self.variables = {name for name, _ in script["lines"]} | set(script["inputs"])
-        self.puts = self.places()
+        self.puts = script["puts"]
 
     def owner(self, path):
         while path not in self.script["owners"]: path = path.rpartition(".")[0]
         return self.script["owners"][path]
-
-    def places(self):
-        "What a line's own module keeps: name -> expression of the place."
-        made = {name: stack[-1].partition("@")[0] if stack else ""
-                for (name, _), stack in zip(self.script["lines"], self.script["stacks"])}
-        return {value: place for place, value in self.script["states"].items()
-                if value in made and place.rpartition(".")[0] == self.owner(made[value])}
 
     def frame(self, frame, wanted):
         "The method of a frame some of whose names are wanted outside."
@@ -221,7 +214,7 @@ def root(self: _Writer):
     arrays = [e for e, (is_array, _) in zip(expressions, script["leaves"]) if is_array]
     names, frame = dict(zip(script["inputs"], arrays)), _frames(script["lines"], script["stacks"])
     taken = {re.match(r"\w+", parameter)[0] for parameter in signature}
-    outer = {place: v for place, v in script["states"].items() if v not in self.puts}
+    outer = script["states"]
     wanted = {name for result in (*script["results"], *outer.values()) for name in _names(result)}
     body = self.body(frame, "self", names, taken, wanted)
     body += [f"{_replaced(place, names)} = {_replaced(v, names)}" for place, v in outer.items()]
