@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-extras = ("cpu", "cuda12", "cuda13", "openblas", "mkl", "torch", "dev")
+extras = ("cpu", "cuda12", "cuda13", "openblas", "mkl", "torch", "zoo", "dev")
 
 setup(
     name=settings["lib_name"],

@@ -226,7 +226,7 @@ def expression(self: _Lines, node, first=None):
     if node.target is operator.getitem: return self.item(node, first)
     key = _found(node, self.own)
     if key is None: raise LookupError("no equal is known")
-    arguments = [self.text(value) for value in node.args]
+    arguments = [self.text(value) for value in (*node.args, *_defaults(node, key))]
     if first is not None: arguments[0] = first
     named = {name: self.text(value) for name, value in node.kwargs.items()
              if name not in _LEFT_OUT}
@@ -237,7 +237,13 @@ def expression(self: _Lines, node, first=None):
     plain = self.plain(node, key, arguments, named)
     return _call(f"ops.{key}", arguments, named) if plain is None else plain
 
-# %% ../../nbs/28_graphs.ipynb #932ff804
+# %% ../../nbs/28_graphs.ipynb #f4442daf
+def _defaults(node, key):
+    "The numbers of a convolution that a call leaves out, so that equal layers have equal lines."
+    if not key.startswith("conv"): return []
+    rest = node.target._schema.arguments[len(node.args):]
+    return [argument.default_value for argument in rest]
+
 def _call(function, arguments, named):
     return f"{function}({', '.join([*arguments, *(f'{k}={v}' for k, v in named.items())])})"
 
@@ -368,9 +374,11 @@ def put(self: _Lines, node, target, value):
 # %% ../../nbs/28_graphs.ipynb #f58bcb9a
 @patch
 def is_spread(self: _Lines, view):
-    return view.op == "call_function" and view.target is not operator.getitem and \
-        _operation_name(view) in ("expand", "expand_as", "broadcast_to", "unfold") and \
-        any(s == 0 for s, n in zip(view.meta["val"].stride(), view.meta["val"].shape) if _hint(n) > 1)
+    "Whether a view shows values more than once."
+    if view.op != "call_function" or view.target is operator.getitem: return False
+    if _operation_name(view) == "unfold": return True
+    value = view.meta["val"]
+    return any(step == 0 for step, n in zip(value.stride(), value.shape) if _hint(n) > 1)
 
 # %% ../../nbs/28_graphs.ipynb #deb6b17b
 @patch

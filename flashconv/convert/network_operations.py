@@ -35,8 +35,10 @@ def _addmm(c, a, b, *, beta=1, alpha=1): return beta * c + alpha * (a @ b)
 def _product(a, b):
     "A product of matrices. Whole numbers, which MLX does not multiply so, are summed."
     if mx.issubdtype(a.dtype, mx.inexact): return a @ b
-    return mx.sum(a[..., None] * (b if b.ndim == 1 else b[..., None, :, :]), -1 if b.ndim == 1 else -2)
+    if b.ndim == 1: return mx.sum(a * b, -1)
+    return mx.sum(a[..., None] * b[..., None, :, :], -2)
 
+# %% ../../nbs/27_network_operations.ipynb #8cb509f1
 OPERATIONS |= {name: _product for name in ("matmul", "mm", "bmm", "mv")}
 OPERATIONS |= {"dot": lambda a, b: mx.sum(a * b), "vdot": lambda a, b: mx.sum(mx.conj(a) * b)
                if a.dtype == mx.complex64 else mx.sum(a * b), "outer": mx.outer, "ger": mx.outer,
@@ -45,7 +47,7 @@ OPERATIONS |= {"dot": lambda a, b: mx.sum(a * b), "vdot": lambda a, b: mx.sum(mx
                    a, b, [list(self_axes), list(other_axes)]),
                "linalg_cross": lambda a, b, *, dim=-1: mx.linalg.cross(a, b, dim)}
 
-# %% ../../nbs/27_network_operations.ipynb #5cb635d9
+# %% ../../nbs/27_network_operations.ipynb #2ea427b9
 @_operation("bilinear")
 def _bilinear(a, b, weight, bias=None):
     y = mx.einsum("...i,oij,...j->...o", a, weight, b)
@@ -60,7 +62,7 @@ def _cosine_similarity(a, b, dim=1, eps=1e-8):
     left, right = (v / size for v, size in zip((a, b), sizes))
     return mx.sum(left * right, dim)
 
-# %% ../../nbs/27_network_operations.ipynb #2d4dd26d
+# %% ../../nbs/27_network_operations.ipynb #e0894f31
 def _causal(queries, keys): return mx.tril(mx.ones((queries, keys), mx.bool_))
 
 @_operation("scaled_dot_product_attention")
@@ -77,7 +79,7 @@ def _attention(q, k, v, mask=None, p=0.0, is_causal=False, *, scale=None, enable
             mask, scores, mx.array(-math.inf, scores.dtype))
     return dropout(mx.softmax(scores, -1), p, True) @ v
 
-# %% ../../nbs/27_network_operations.ipynb #344b5784
+# %% ../../nbs/27_network_operations.ipynb #0979cdbd
 def dropout(
     x: mx.array,  # any shape
     p: float,  # the probability of a value to be zeroed
@@ -94,7 +96,7 @@ def _dropped(x, p, training, shape):
 def _feature_dropout(x, p, training):
     return _dropped(x, p, training, (*x.shape[:2], *(1,) * (x.ndim - 2)))
 
-# %% ../../nbs/27_network_operations.ipynb #50ed1262
+# %% ../../nbs/27_network_operations.ipynb #2b6b0350
 def _alpha_dropout(by_channel):
     def apply(x, p, training):
         layer = AlphaDropout(p, by_channel)
@@ -103,7 +105,8 @@ def _alpha_dropout(by_channel):
     return apply
 
 OPERATIONS |= {"dropout": dropout, "feature_dropout": _feature_dropout,
-               "alpha_dropout": _alpha_dropout(False), "feature_alpha_dropout": _alpha_dropout(True)}
+               "alpha_dropout": _alpha_dropout(False),
+               "feature_alpha_dropout": _alpha_dropout(True)}
 
 @_operation("native_dropout")
 def _native_dropout(x, p, training=True): return dropout(x, p, training), None
@@ -114,7 +117,7 @@ def _rrelu(x, lower=1 / 8, upper=1 / 3, training=False, *_):
     if training: slope = mx.random.uniform(lower, upper, x.shape).astype(x.dtype)
     return mx.where(x >= 0, x, x * slope)
 
-# %% ../../nbs/27_network_operations.ipynb #8cfaa6ef
+# %% ../../nbs/27_network_operations.ipynb #2fddd4b4
 def _tuple(value): return tuple(value) if isinstance(value, list) else value
 
 def _conv(n):
@@ -127,16 +130,16 @@ def _conv_transpose(n):
 
 for _n in (1, 2, 3):
     OPERATIONS[f"conv{_n}d"] = _conv(_n)
-    OPERATIONS[f"conv_transpose{_n}d"] = OPERATIONS[f"conv_transpose{_n}d_input"] = _conv_transpose(_n)
+    OPERATIONS[f"conv_transpose{_n}d"] = _conv_transpose(_n)
 
 @_operation("convolution", "_convolution")
-def _convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, *_):
+def _convolution(x, weight, bias, stride, padding, dilation, transposed, more, groups, *_):
     n = weight.ndim - 2
     if transposed:
-        return _conv_transpose(n)(x, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _conv_transpose(n)(x, weight, bias, stride, padding, more, groups, dilation)
     return _conv(n)(x, weight, bias, stride, padding, dilation, groups)
 
-# %% ../../nbs/27_network_operations.ipynb #2f972294
+# %% ../../nbs/27_network_operations.ipynb #e8ff299d
 def _by_channel(values, x): return values.reshape(-1, *(1,) * (x.ndim - 2))
 
 def _affine(y, weight, bias):
@@ -154,7 +157,7 @@ def _follow(running, new, momentum):
     new = mx.stop_gradient(new).astype(running.dtype)
     return (1 - momentum) * running + momentum * new
 
-# %% ../../nbs/27_network_operations.ipynb #6b06bc81
+# %% ../../nbs/27_network_operations.ipynb #c029a8a0
 @_operation("batch_norm")
 def _batch_norm(x, weight, bias, mean, variance, training, momentum=0.1, eps=1e-5, *_):
     "The output, and the running statistics after it."
@@ -175,7 +178,7 @@ def _batch_norm(x, weight, bias, mean, variance, training, momentum=0.1, eps=1e-
     y = wide * _by_channel(scale, x) + _by_channel(shift, x)
     return y.astype(x.dtype), *now
 
-# %% ../../nbs/27_network_operations.ipynb #616ba7fe
+# %% ../../nbs/27_network_operations.ipynb #067c1f94
 @_operation("instance_norm")
 def _instance_norm(x, weight, bias, mean, variance, training, momentum=0.1, eps=1e-5, *_):
     "The output, and the running statistics after it."
@@ -193,7 +196,7 @@ def _instance_norm(x, weight, bias, mean, variance, training, momentum=0.1, eps=
     y = _affine((wide - own_mean) * mx.rsqrt(own_variance + eps), weight, bias)
     return y.astype(x.dtype), *now
 
-# %% ../../nbs/27_network_operations.ipynb #29c8f38a
+# %% ../../nbs/27_network_operations.ipynb #d0c271fa
 def _normalised(x, eps):
     "The last axis with mean 0 and variance 1. MLX's own takes float64 for float32."
     if x.dtype != mx.float64: return mx.fast.layer_norm(x, None, None, eps)
@@ -212,7 +215,7 @@ def _group_norm(x, groups, weight=None, bias=None, eps=1e-5, *_):
     y = _normalised(_wide(x).reshape(x.shape[0], groups, -1), eps).reshape(x.shape)
     return _affine(y, weight, bias).astype(x.dtype)
 
-# %% ../../nbs/27_network_operations.ipynb #fef0cc66
+# %% ../../nbs/27_network_operations.ipynb #08f30bef
 @_operation("rms_norm")
 def _rms_norm(x, shape, weight=None, eps=None):
     eps = float(mx.finfo(x.dtype).eps) if eps is None else eps
@@ -221,7 +224,7 @@ def _rms_norm(x, shape, weight=None, eps=None):
     y = wide * mx.rsqrt(mean + eps)
     return (y if weight is None else y * weight).astype(x.dtype)
 
-# %% ../../nbs/27_network_operations.ipynb #fe4006d8
+# %% ../../nbs/27_network_operations.ipynb #9f0038cf
 @_operation("_weight_norm", "_weight_norm_interface")
 def _weight_norm(v, g, dim=0):
     axes = [axis for axis in range(v.ndim) if dim == -1 or axis != _axis(dim, v.ndim)]
@@ -238,7 +241,7 @@ def _native_group_norm(x, weight, bias, batch, channels, size, groups, eps):
 def _native_layer_norm(x, shape, weight, bias, eps):
     return _layer_norm(x, shape, weight, bias, eps), None, None
 
-# %% ../../nbs/27_network_operations.ipynb #8ca6ce45
+# %% ../../nbs/27_network_operations.ipynb #3750b1a6
 def _max_pool(n):
     def apply(x, kernel, stride=None, padding=0, dilation=1, ceil_mode=False):
         return MaxPool(n, kernel, stride or None, padding, dilation, ceil_mode)(x)
@@ -254,7 +257,7 @@ def _first_larger(best, new):
     is_new = mx.logical_or(new[0] > best[0], mx.isnan(new[0]))
     return mx.where(is_new, new[0], best[0]), mx.where(is_new, new[1], best[1])
 
-# %% ../../nbs/27_network_operations.ipynb #91c8c4de
+# %% ../../nbs/27_network_operations.ipynb #fcd9ecba
 def _max_pool_places(n):
     "Maxima and where they stand."
     def apply(x, kernel, stride=None, padding=0, dilation=1, ceil_mode=False):
@@ -268,7 +271,7 @@ def _max_pool_places(n):
         return best[0], mx.stop_gradient(best[1].astype(mx.int64))
     return apply
 
-# %% ../../nbs/27_network_operations.ipynb #b587aebe
+# %% ../../nbs/27_network_operations.ipynb #5ca05367
 def _max_unpool(n):
     def apply(x, places, size, *_):
         lead = x.shape[:-n]
@@ -278,7 +281,7 @@ def _max_unpool(n):
         return flat.reshape(*lead, *size)
     return apply
 
-# %% ../../nbs/27_network_operations.ipynb #e8f45205
+# %% ../../nbs/27_network_operations.ipynb #48a1c505
 def _adaptive_places(n):
     "Adaptive maxima and where they stand; windows may overlap, so places are looked for."
     def apply(x, size):
@@ -299,7 +302,7 @@ def _adaptive_best(best, axis, out):
         kept.append([mx.take_along_axis(v, index, axis) for v in window])
     return [mx.concatenate(parts, axis) for parts in zip(*kept)]
 
-# %% ../../nbs/27_network_operations.ipynb #447969f8
+# %% ../../nbs/27_network_operations.ipynb #cf331860
 def _adaptive_avg(n):
     def apply(x, size):
         if not x.ndim - n: raise ValueError(f"expected {n + 1} axes at least")
@@ -316,7 +319,7 @@ for _n in (1, 2, 3):
         f"adaptive_avg_pool{_n}d": _adaptive_avg(_n), f"_adaptive_avg_pool{_n}d": _adaptive_avg(_n),
         f"adaptive_max_pool{_n}d": _adaptive_places(_n)}
 
-# %% ../../nbs/27_network_operations.ipynb #ea9718e8
+# %% ../../nbs/27_network_operations.ipynb #cb712bf5
 def _resized(x, mode, size, scales, align_corners=None):
     "The spatial axes interpolated to a size, or by factors."
     n = x.ndim - 2
@@ -334,14 +337,14 @@ def _nearest(mode):
             scales[0], (int, float)) else [s for s in scales])
     return apply
 
-# %% ../../nbs/27_network_operations.ipynb #a2d1010e
+# %% ../../nbs/27_network_operations.ipynb #00a9b127
 def _linear_mode(mode):
     def apply(x, size, align_corners, *scales):
         return _resized(x, mode, size, scales[0] if len(scales) == 1 and not isinstance(
             scales[0], (int, float)) else [s for s in scales], align_corners)
     return apply
 
-# %% ../../nbs/27_network_operations.ipynb #569f56cd
+# %% ../../nbs/27_network_operations.ipynb #2605c114
 for _n, _mode in ((1, "linear1d"), (2, "bilinear2d"), (2, "bicubic2d"), (3, "trilinear3d")):
     OPERATIONS[f"upsample_{_mode}"] = _linear_mode(_mode[:-2])
 for _n in (1, 2, 3):
@@ -350,7 +353,8 @@ for _n in (1, 2, 3):
 
 def _smooth_weights(n, size, scale, align_corners, cubic):
     "How much of each value is in each output where a filter widens with the step."
-    step = (n - 1) / (size - 1) if align_corners and size > 1 else (1 / scale if scale else n / size)
+    if align_corners and size > 1: step = (n - 1) / (size - 1)
+    else: step = 1 / scale if scale else n / size
     widen = max(step, 1)
     reach, weights = (2 if cubic else 1) * widen, np.zeros((size, n))
     for i in range(size):
@@ -360,14 +364,14 @@ def _smooth_weights(n, size, scale, align_corners, cubic):
         weights[i, first:last] = values / values.sum()
     return weights
 
-# %% ../../nbs/27_network_operations.ipynb #7144657a
+# %% ../../nbs/27_network_operations.ipynb #5423fe18
 def _filter(x, cubic):
     x, a = np.abs(x), -0.5
     if not cubic: return np.maximum(1 - x, 0)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     return np.where(x < 1, near, np.where(x < 2, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a, 0))
 
-# %% ../../nbs/27_network_operations.ipynb #289e9c39
+# %% ../../nbs/27_network_operations.ipynb #278da076
 def _smooth(cubic):
     "Interpolation with `antialias=True`, one axis after the other."
     def apply(x, size, align_corners, *scales):
@@ -384,7 +388,7 @@ def _smooth(cubic):
 
 OPERATIONS |= {"_upsample_bilinear2d_aa": _smooth(False), "_upsample_bicubic2d_aa": _smooth(True)}
 
-# %% ../../nbs/27_network_operations.ipynb #873feaf2
+# %% ../../nbs/27_network_operations.ipynb #5ed9f98d
 def _reflected(p, low, high):
     "Places folded back between two bounds."
     if high == low: return mx.zeros_like(p)
@@ -400,7 +404,7 @@ def _inside(p, n, padding, align_corners):
     bounds = (0, n - 1) if align_corners else (-0.5, n - 0.5)
     return mx.clip(_reflected(p, *bounds), 0, n - 1)
 
-# %% ../../nbs/27_network_operations.ipynb #00e42f18
+# %% ../../nbs/27_network_operations.ipynb #cfb32a1d
 def _looked_up(x, places):
     "The values of each picture at whole places, zero beyond the border."
     spatial, inside, flat = x.shape[2:], True, 0
@@ -413,7 +417,7 @@ def _looked_up(x, places):
     return mx.where(inside[:, None], values.reshape(*x.shape[:2], *flat.shape[1:]),
                     mx.array(0, x.dtype))
 
-# %% ../../nbs/27_network_operations.ipynb #80a00ab1
+# %% ../../nbs/27_network_operations.ipynb #fceab1b6
 def _cubic(t):
     "The weights of four neighbours, the place being t behind the second."
     def near(x): return ((_A + 2) * x - (_A + 3)) * x * x + 1
@@ -422,7 +426,7 @@ def _cubic(t):
 
 _A = -0.75  # of the cubic kernel, PyTorch's choice
 
-# %% ../../nbs/27_network_operations.ipynb #3b6d8461
+# %% ../../nbs/27_network_operations.ipynb #38e74e96
 @_operation("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
 def _grid_sampler(x, grid, mode, padding, align_corners):
     sizes = x.shape[2:]
@@ -441,7 +445,7 @@ def _grid_sampler(x, grid, mode, padding, align_corners):
         y = y + _looked_up(x, [p.astype(mx.int32) for p in at]) * weight[:, None]
     return y
 
-# %% ../../nbs/27_network_operations.ipynb #3917d22d
+# %% ../../nbs/27_network_operations.ipynb #b01d48d5
 @_operation("affine_grid_generator")
 def _affine_grid(theta, size, align_corners):
     n = len(size) - 2
@@ -451,7 +455,7 @@ def _affine_grid(theta, size, align_corners):
     points = mx.stack([*reversed(grids), mx.ones_like(grids[0])], -1).reshape(1, -1, n + 1)
     return (points @ mx.swapaxes(theta, 1, 2)).reshape(size[0], *size[2:], n)
 
-# %% ../../nbs/27_network_operations.ipynb #2536661f
+# %% ../../nbs/27_network_operations.ipynb #0ca1ac87
 def _pad(mode):
     return lambda x, pad: functional.pad(x, tuple(pad), mode)
 
@@ -469,13 +473,13 @@ OPERATIONS |= {
     "im2col": lambda x, *numbers: Unfold(*map(tuple, numbers))(x),
     "col2im": lambda x, *numbers: Fold(*map(tuple, numbers))(x)}
 
-# %% ../../nbs/27_network_operations.ipynb #d08eeb1c
+# %% ../../nbs/27_network_operations.ipynb #e34a3cff
 def _pictures(layer, x):
     "A layer for (N, C, H, W) on any number of leading axes."
     y = layer(x.reshape(-1, *x.shape[-3:]))
     return y.reshape(*x.shape[:-3], *y.shape[1:])
 
-# %% ../../nbs/27_network_operations.ipynb #36876bac
+# %% ../../nbs/27_network_operations.ipynb #6aa555e8
 def _loss(function):
     def apply(a, b, reduction=1, *more):
         each = function(a, b, *more)
@@ -494,7 +498,7 @@ def _smooth_l1(a, b, beta=1.0):
 OPERATIONS |= {"mse_loss": _loss(lambda a, b: mx.square(a - b)), "huber_loss": _loss(_huber),
                "l1_loss": _loss(lambda a, b: mx.abs(a - b)), "smooth_l1_loss": _loss(_smooth_l1)}
 
-# %% ../../nbs/27_network_operations.ipynb #bf421b6c
+# %% ../../nbs/27_network_operations.ipynb #d8c55b8b
 def _lstm_step(x, weight, bias, state):
     h, c = state
     i, f, g, o = mx.split(x + h @ weight.T + bias, 4, -1)
@@ -511,7 +515,7 @@ def _rnn_step(function):
     def step(x, weight, bias, state): return function(x + state[0] @ weight.T + bias),
     return step
 
-# %% ../../nbs/27_network_operations.ipynb #c0365a39
+# %% ../../nbs/27_network_operations.ipynb #f5ac4c69
 def _pass(step, x, weights, state, backwards):
     "One layer in one direction: outputs in order, and the last state."
     inner, outer = (weights[2], weights[3]) if len(weights) > 2 else (0, 0)
@@ -521,7 +525,7 @@ def _pass(step, x, weights, state, backwards):
         outputs[time] = state[0]
     return mx.stack(outputs), state
 
-# %% ../../nbs/27_network_operations.ipynb #85070f66
+# %% ../../nbs/27_network_operations.ipynb #8f635ce8
 def _recurrent(step, count):
     "A recurrent network whose state is so many arrays."
     def apply(x, state, weights, has_biases, layers, p, training, both, batch_first=False):
@@ -533,7 +537,8 @@ def _recurrent(step, count):
             parts = []
             for side in range(1 + both):
                 i = layer * (1 + both) + side
-                y, end = _pass(step, x, weights[i * per:(i + 1) * per], [s[i] for s in states], side)
+                own = weights[i * per:(i + 1) * per]
+                y, end = _pass(step, x, own, [s[i] for s in states], side)
                 parts.append(y)
                 last.append(end)
             x = mx.concatenate(parts, -1)
@@ -542,12 +547,12 @@ def _recurrent(step, count):
         return x, *map(mx.stack, zip(*last))
     return apply
 
-# %% ../../nbs/27_network_operations.ipynb #a613b4df
+# %% ../../nbs/27_network_operations.ipynb #c9309b6f
 OPERATIONS |= {"lstm": _recurrent(_lstm_step, 2), "gru": _recurrent(_gru_step, 1),
                "rnn_tanh": _recurrent(_rnn_step(mx.tanh), 1),
                "rnn_relu": _recurrent(_rnn_step(lambda x: mx.maximum(x, 0)), 1)}
 
-# %% ../../nbs/27_network_operations.ipynb #5daa67b0
+# %% ../../nbs/27_network_operations.ipynb #31de1cab
 def _centred(window, n_fft, like):
     "The window, or ones, with zeros on both sides up to the frame's length."
     window = mx.ones((n_fft,), like) if window is None else window
@@ -566,12 +571,12 @@ def _stft(x, n_fft, hop=None, win=None, window=None, center=True, mode="reflect"
     spectrum = spectrum.reshape(*x.shape[:-1], *spectrum.shape[1:])
     return spectrum if return_complex else mx.stack([mx.real(spectrum), mx.imag(spectrum)], -1)
 
-# %% ../../nbs/27_network_operations.ipynb #75c7b9fd
+# %% ../../nbs/27_network_operations.ipynb #6ceffc39
 @_operation("stft")
 def _stft_plain(x, n_fft, hop=None, win=None, window=None, *rest, **named):
     return _stft(x, n_fft, hop, win, window, False, "reflect", *rest, **named)
 
-# %% ../../nbs/27_network_operations.ipynb #4f95945b
+# %% ../../nbs/27_network_operations.ipynb #a13e7577
 def _overlapped(frames, hop):
     "Frames, each `hop` after the one before, added up."
     count, length = frames.shape[1:]
@@ -579,9 +584,10 @@ def _overlapped(frames, hop):
     parts = mx.pad(frames, [(0, 0), (0, 0), (0, rows * hop - length)])
     parts = parts.reshape(frames.shape[0], count, rows, hop)
     shifted = [mx.pad(parts[:, :, i], [(0, 0), (i, rows - 1 - i), (0, 0)]) for i in range(rows)]
-    return reduce(lambda a, b: a + b, shifted).reshape(frames.shape[0], -1)[:, :length + hop * (count - 1)]
+    total = reduce(lambda a, b: a + b, shifted).reshape(frames.shape[0], -1)
+    return total[:, :length + hop * (count - 1)]
 
-# %% ../../nbs/27_network_operations.ipynb #76f5a720
+# %% ../../nbs/27_network_operations.ipynb #15b1bcca
 @_operation("istft")
 def _istft(z, n_fft, hop=None, win=None, window=None, center=True, normalized=False, onesided=None,
            length=None, return_complex=False):
@@ -599,7 +605,7 @@ def _istft(z, n_fft, hop=None, win=None, window=None, center=True, normalized=Fa
     if length is not None: y = mx.pad(y, [(0, 0), (0, length - y.shape[1])])
     return y.reshape(*z.shape[:-2], -1)
 
-# %% ../../nbs/27_network_operations.ipynb #c6b10793
+# %% ../../nbs/27_network_operations.ipynb #b0e0f987
 def _fft(function, axes_first=False):
     "A transform with PyTorch's names of how it is scaled."
     def apply(x, n=None, dim=-1, norm=None):
@@ -615,7 +621,7 @@ def _fft_axes(function):
         return function(x, s, dim, norm=norm or "backward")
     return apply
 
-# %% ../../nbs/27_network_operations.ipynb #8a229b53
+# %% ../../nbs/27_network_operations.ipynb #2a85789a
 OPERATIONS |= {f"fft_{name}": _fft_axes(getattr(mx.fft, name)) for name in (
     "fftn", "ifftn", "rfftn", "irfftn")}
 OPERATIONS |= {f"fft_{name}": lambda x, s=None, dim=(-2, -1), norm=None, f=getattr(mx.fft, name): f(

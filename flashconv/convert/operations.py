@@ -39,7 +39,7 @@ def _axes(dim, n):
 # %% ../../nbs/24_operations.ipynb #dcc5df5d
 def _dtype_or(dtype, default): return default if dtype is None else dtype
 
-# %% ../../nbs/24_operations.ipynb #21831e40
+# %% ../../nbs/24_operations.ipynb #e392883b
 @_operation("leaves")
 def _leaves(value):
     "The arrays in tuples, lists and dicts, in order."
@@ -47,7 +47,7 @@ def _leaves(value):
     if not isinstance(value, (list, tuple)): return [value]
     return [leaf for item in value for leaf in _leaves(item)]
 
-# %% ../../nbs/24_operations.ipynb #d5871e74
+# %% ../../nbs/24_operations.ipynb #9dd1f487
 OPERATIONS |= {name: getattr(mx, name) for name in """exp expm1 log log1p log2 log10 sqrt rsqrt
     square abs sin cos tan sinh cosh tanh floor ceil erf erfinv sigmoid maximum minimum isnan isinf
     isfinite isposinf isneginf logical_not logical_and logical_or real imag conj logaddexp
@@ -66,7 +66,7 @@ def _scaled(function):
 OPERATIONS |= {"add": _scaled(lambda a, b: a + b), "sub": _scaled(lambda a, b: a - b),
                "rsub": _scaled(lambda a, b: b - a), "mul": lambda a, b: a * b}
 
-# %% ../../nbs/24_operations.ipynb #5c3eb7bc
+# %% ../../nbs/24_operations.ipynb #03cec62d
 @_operation("trunc", "fix")
 def _trunc(x):
     if not mx.issubdtype(x.dtype, mx.inexact): return x
@@ -86,7 +86,7 @@ def _fmod(a, b):
     size = mx.remainder(mx.abs(a), mx.abs(mx.array(b, a.dtype) if not _is_array(b) else b))
     return mx.where(a < 0, -size, size)
 
-# %% ../../nbs/24_operations.ipynb #59e294c8
+# %% ../../nbs/24_operations.ipynb #97d3491e
 @_operation("pow")
 def _pow(a, b):
     "Small whole exponents are products, which every backend has for negative numbers."
@@ -94,7 +94,7 @@ def _pow(a, b):
         return reduce(lambda x, y: x * y, [a * 1.0 if isinstance(b, float) else a] * int(b))
     return mx.power(a, b)
 
-# %% ../../nbs/24_operations.ipynb #1c37edf5
+# %% ../../nbs/24_operations.ipynb #8719760e
 OPERATIONS |= {
     "reciprocal": lambda x: 1 / x, "exp2": lambda x: mx.power(2.0, x),
     "sinc": lambda x: mx.where(x == 0, 1, mx.sin(math.pi * x)
@@ -111,7 +111,7 @@ OPERATIONS |= {
     "angle": lambda x: mx.arctan2(mx.imag(x), mx.real(x)) if x.dtype == mx.complex64
     else mx.where(mx.isnan(x), x, mx.where(x < 0, math.pi, 0.0))}
 
-# %% ../../nbs/24_operations.ipynb #1680dd16
+# %% ../../nbs/24_operations.ipynb #2ee2e1b0
 def _shared_tie(function):
     "`function` of two arrays; where they are equal, each has half of the gradient."
     def apply(a, b):
@@ -124,7 +124,7 @@ OPERATIONS |= {name: _shared_tie(function) for function, names in (
     (mx.maximum, ("maximum", "max_other", "fmax")), (mx.minimum, ("minimum", "min_other", "fmin")))
     for name in names}
 
-# %% ../../nbs/24_operations.ipynb #44e7b55e
+# %% ../../nbs/24_operations.ipynb #7e1aa1cc
 OPERATIONS |= {
     "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
@@ -144,7 +144,7 @@ def _masked_fill(x, mask, value):
     return mx.where(mask, value.astype(x.dtype) if _is_array(value) else mx.array(value, x.dtype),
                     x)
 
-# %% ../../nbs/24_operations.ipynb #0b880bf5
+# %% ../../nbs/24_operations.ipynb #75e62500
 @_operation("nan_to_num")
 def _nan_to_num(x, nan=None, posinf=None, neginf=None):
     if not mx.issubdtype(x.dtype, mx.floating): return x
@@ -155,7 +155,7 @@ def _nan_to_num(x, nan=None, posinf=None, neginf=None):
     for mask, value in values: x = mx.where(mask, mx.array(value, x.dtype), x)
     return x
 
-# %% ../../nbs/24_operations.ipynb #b254bd15
+# %% ../../nbs/24_operations.ipynb #4ece58f3
 @_operation("clamp", "clip", "clamp_Tensor")
 def _clamp(x, low=None, high=None):
     for bound in (low, high):
@@ -177,7 +177,7 @@ def _elu(x, alpha=1.0, scale=1.0, input_scale=1.0):
 @_operation("log_sigmoid")
 def _log_sigmoid(x): return mx.minimum(x, 0) - mx.log1p(mx.exp(-mx.abs(x)))
 
-# %% ../../nbs/24_operations.ipynb #888a8b17
+# %% ../../nbs/24_operations.ipynb #b4bd2cce
 @_operation("gelu")
 def _gelu(x, approximate="none", *, training=None):
     wide = _wide(x)
@@ -196,14 +196,14 @@ def _hardsigmoid(x): return (_bounded(_wide(x), -3, 3) / 6 + 0.5).astype(x.dtype
 @_operation("hardswish")
 def _hardswish(x): return (x * (_bounded(_wide(x) + 3, 0, 6) / 6)).astype(x.dtype)
 
-# %% ../../nbs/24_operations.ipynb #feafccac
+# %% ../../nbs/24_operations.ipynb #e3c3b2ae
 @_operation("prelu", "_prelu_kernel")
 def _prelu(x, weight):
     if weight.size > 1 and x.ndim > 1 and weight.ndim == 1:
         weight = weight.reshape(-1, *(1,) * (x.ndim - 2))
     return mx.where(x > 0, x, x * weight)
 
-# %% ../../nbs/24_operations.ipynb #e073b028
+# %% ../../nbs/24_operations.ipynb #ba0d5920
 _SELU = 1.6732632423543772, 1.0507009873554805  # alpha and scale
 
 OPERATIONS |= {
@@ -221,7 +221,7 @@ OPERATIONS |= {
         x if eps is None else _clamp(x, eps, 1 - eps)),
     "glu": lambda x, dim=-1: (lambda a, b: a * mx.sigmoid(b))(*mx.split(x, 2, dim))}
 
-# %% ../../nbs/24_operations.ipynb #2949571c
+# %% ../../nbs/24_operations.ipynb #9e8ad97c
 @_operation("to", "_to_copy")
 def _to(x, *values, dtype=None, **_):
     for value in (*values, dtype):
@@ -239,14 +239,14 @@ OPERATIONS |= {"detach": mx.stop_gradient, "type_as": lambda x, y: x.astype(y.dt
                "zero": mx.zeros_like, "scalar_tensor": lambda value, *, dtype=None, **_:
                mx.array(value, _default(value, dtype))}
 
-# %% ../../nbs/24_operations.ipynb #3aad96bd
+# %% ../../nbs/24_operations.ipynb #b99b720e
 def _default(value, dtype=None):
     "The dtype of PyTorch's tensor of a number."
     if dtype is not None: return dtype
     kinds = {bool: mx.bool_, int: mx.int64, complex: mx.complex64}
     return kinds.get(type(value), mx.float32)
 
-# %% ../../nbs/24_operations.ipynb #80fecc54
+# %% ../../nbs/24_operations.ipynb #f7e93ab8
 def _filled(value):
     "Operations that make arrays of one value: of a shape, like an array, of its dtype."
     def of_shape(shape, *_, dtype=None, **__): return mx.full(shape, value, dtype or mx.float32)
@@ -266,7 +266,7 @@ OPERATIONS |= {
     "new_empty_strided": lambda x, shape, *_, dtype=None, **__: mx.zeros(shape, dtype or x.dtype),
     "empty_strided": lambda shape, *_, dtype=None, **__: mx.zeros(shape, dtype or mx.float32)}
 
-# %% ../../nbs/24_operations.ipynb #0d98b053
+# %% ../../nbs/24_operations.ipynb #a2a9fad4
 @_operation("arange")
 def _arange(*numbers, dtype=None, **_):
     start, end, step = (0, *numbers, 1) if len(numbers) == 1 else (*numbers, 1)[:3]
@@ -287,7 +287,7 @@ def _linspace(start, end, steps, *, dtype=None, **_):
                       real(end) - step * (steps - 1 - i).astype(real))
     return mx.array(values.astype(real)).astype(dtype)
 
-# %% ../../nbs/24_operations.ipynb #d7cc8cfe
+# %% ../../nbs/24_operations.ipynb #24e29a14
 def _drawn(draw):
     "Operations that draw an array of a shape, or like another."
     def of_shape(shape, *_, dtype=None, **__): return draw(shape).astype(dtype or mx.float32)
@@ -306,7 +306,7 @@ def _randint(*numbers, dtype=None, **_):
 def _bernoulli(x, p=None, **_):
     return mx.random.bernoulli(_wide(x) if p is None else p, x.shape).astype(x.dtype)
 
-# %% ../../nbs/24_operations.ipynb #b3a1b83a
+# %% ../../nbs/24_operations.ipynb #aed0f05c
 OPERATIONS |= {
     "randint_like": lambda x, *numbers, dtype=None, **_: _randint(
         *numbers, x.shape, dtype=dtype or x.dtype),
@@ -318,7 +318,7 @@ OPERATIONS |= {
     "exponential": lambda x, lambd=1.0, **_: (
         -mx.log1p(-mx.random.uniform(shape=x.shape)) / lambd).astype(x.dtype)}
 
-# %% ../../nbs/24_operations.ipynb #7adcf151
+# %% ../../nbs/24_operations.ipynb #8c67c381
 @_operation("expand", "broadcast_to")
 def _expand(x, shape, *, implicit=False):
     new = len(shape) - x.ndim
@@ -334,7 +334,7 @@ def _slice(x, dim=0, start=None, end=None, step=1): return _along(x, dim, slice(
 @_operation("select")
 def _select(x, dim, index): return _along(x, dim, index)
 
-# %% ../../nbs/24_operations.ipynb #42104ee9
+# %% ../../nbs/24_operations.ipynb #2dc38163
 @_operation("split", "split_with_sizes")
 def _split(x, size, dim=0):
     n = x.shape[_axis(dim, x.ndim)]
@@ -345,7 +345,7 @@ def _split(x, size, dim=0):
 @_operation("chunk")
 def _chunk(x, chunks, dim=0): return _split(x, -(-x.shape[_axis(dim, x.ndim)] // chunks), dim)
 
-# %% ../../nbs/24_operations.ipynb #a91fff77
+# %% ../../nbs/24_operations.ipynb #c63ccf59
 @_operation("tensor_split")
 def _tensor_split(x, parts, dim=0):
     n = x.shape[_axis(dim, x.ndim)]
@@ -367,7 +367,7 @@ def _movedim(x, source, destination):
     rest = iter(axis for axis in range(x.ndim) if axis not in source)
     return x.transpose([places[i] if i in places else next(rest) for i in range(x.ndim)])
 
-# %% ../../nbs/24_operations.ipynb #a002e3fc
+# %% ../../nbs/24_operations.ipynb #178b426e
 @_operation("cat", "concat", "concatenate")
 def _cat(arrays, dim=0):
     "Joined along an axis. PyTorch leaves out empty arrays of one axis."
@@ -386,13 +386,13 @@ def _flip(x, dims):
     reverse, axes = slice(None, None, -1), _axes(list(dims), x.ndim) if dims else ()
     return x[tuple(reverse if axis in axes else slice(None) for axis in range(x.ndim))]
 
-# %% ../../nbs/24_operations.ipynb #d91873b4
+# %% ../../nbs/24_operations.ipynb #43ae8d7e
 @_operation("roll")
 def _roll(x, shifts, dims=()):
     if not isinstance(dims, int) and not dims: return mx.roll(x, shifts)
     return mx.roll(x, shifts, dims)
 
-# %% ../../nbs/24_operations.ipynb #5fcb77b9
+# %% ../../nbs/24_operations.ipynb #b8c1b8c8
 @_operation("rot90")
 def _rot90(x, k=1, dims=(0, 1)):
     first, second = dims
@@ -408,7 +408,7 @@ def _diff(x, n=1, dim=-1, prepend=None, append=None):
         x = later != earlier if x.dtype == mx.bool_ else later - earlier
     return x
 
-# %% ../../nbs/24_operations.ipynb #b0d98e7d
+# %% ../../nbs/24_operations.ipynb #5a2d3abd
 @_operation("diag_embed")
 def _diag_embed(x, offset=0, dim1=-2, dim2=-1):
     n = x.shape[-1] + abs(offset)
@@ -417,7 +417,7 @@ def _diag_embed(x, offset=0, dim1=-2, dim2=-1):
     square = square.at[..., rows, rows + offset].add(x)
     return _movedim(square, (-2, -1), (dim1, dim2))
 
-# %% ../../nbs/24_operations.ipynb #7a2d238f
+# %% ../../nbs/24_operations.ipynb #5af2c8f8
 _reshape = mx.reshape
 OPERATIONS |= {
     "view": lambda x, shape: x.view(shape) if isinstance(shape, mx.Dtype) else mx.reshape(x, shape),
@@ -434,7 +434,7 @@ OPERATIONS |= {
     "unbind": lambda x, dim=0: [_along(x, dim, i) for i in range(x.shape[_axis(dim, x.ndim)])],
     "stack": lambda arrays, dim=0: mx.stack(list(arrays), dim)}
 
-# %% ../../nbs/24_operations.ipynb #ba491564
+# %% ../../nbs/24_operations.ipynb #47da5a58
 OPERATIONS |= {
     "hstack": lambda arrays: _cat(arrays, min(arrays[0].ndim - 1, 1)),
     "vstack": lambda arrays: _cat([mx.atleast_2d(array) for array in arrays]),
@@ -448,7 +448,7 @@ OPERATIONS |= {
     "sym_size": lambda x, dim: x.shape[dim], "sym_numel": lambda x: x.size,
     "atleast_1d": mx.atleast_1d, "atleast_2d": mx.atleast_2d, "atleast_3d": mx.atleast_3d}
 
-# %% ../../nbs/24_operations.ipynb #8f70262e
+# %% ../../nbs/24_operations.ipynb #c2a4561c
 def _masks(indices):
     return [index for index in indices if _is_array(index) and index.dtype == mx.bool_]
 
@@ -460,7 +460,7 @@ def _places(indices):
 @_operation("index", "_unsafe_index")
 def _index(x, indices): return x[_places(indices)]
 
-# %% ../../nbs/24_operations.ipynb #26a30406
+# %% ../../nbs/24_operations.ipynb #70fe8421
 @_operation("index_put", "_unsafe_index_put")
 def _index_put(x, indices, values, accumulate=False):
     if _masks(indices):
@@ -474,7 +474,7 @@ def _index_put(x, indices, values, accumulate=False):
     y[places] = values.astype(x.dtype)
     return y
 
-# %% ../../nbs/24_operations.ipynb #3cf36acb
+# %% ../../nbs/24_operations.ipynb #aeeb2e19
 def _grid(index, dim, n):
     "The places that an index along one axis names, one index per axis."
     def count(axis): return mx.arange(index.shape[axis]).reshape([
@@ -496,11 +496,11 @@ def _scatter(x, dim, index, values, *, reduce=None):
     y[places] = values if _is_array(values) else mx.full(index.shape, values, x.dtype)
     return y
 
-# %% ../../nbs/24_operations.ipynb #96ce0db9
+# %% ../../nbs/24_operations.ipynb #b6cebc54
 @_operation("scatter_add")
 def _scatter_add(x, dim, index, values): return _scatter(x, dim, index, values, reduce="add")
 
-# %% ../../nbs/24_operations.ipynb #13bbf62b
+# %% ../../nbs/24_operations.ipynb #d5d84059
 @_operation("index_add")
 def _index_add(x, dim, index, values, *, alpha=1):
     places = (*(slice(None),) * _axis(dim, x.ndim), mx.stop_gradient(index))
@@ -520,14 +520,14 @@ def _select_scatter(x, values, dim, index):
 def _slice_scatter(x, values, dim=0, start=None, end=None, step=1):
     return write(x, lambda view: _slice(view, dim, start, end, step), values)
 
-# %% ../../nbs/24_operations.ipynb #9cd0ae73
+# %% ../../nbs/24_operations.ipynb #231966af
 OPERATIONS |= {
     "index_select": lambda x, dim, index: mx.take(x, mx.stop_gradient(index), dim),
     "take": lambda x, index: mx.take(x, mx.stop_gradient(index)),
     "take_along_dim": lambda x, index, dim: mx.take_along_axis(x, mx.stop_gradient(index), dim),
     "one_hot": lambda index, n: (index[..., None] == mx.arange(n)).astype(mx.int64)}
 
-# %% ../../nbs/24_operations.ipynb #eeed33a2
+# %% ../../nbs/24_operations.ipynb #105650db
 @_operation("embedding")
 def _embedding(weight, index, padding_idx=-1, *_):
     "Rows of the weight; the one at padding_idx is not trained."
@@ -549,7 +549,7 @@ def _tril_indices(rows, columns, offset=0, *, dtype=None, **_):
 def _triu_indices(rows, columns, offset=0, *, dtype=None, **_):
     return mx.array(np.stack(np.triu_indices(rows, offset, columns)), dtype or mx.int64)
 
-# %% ../../nbs/24_operations.ipynb #c910c350
+# %% ../../nbs/24_operations.ipynb #f70e66dc
 def write(
     x: mx.array,  # what the view looks at
     view,  # function of x: a view of it, none of whose values is there twice
@@ -562,7 +562,7 @@ def write(
     y[places.reshape(-1)] = values.reshape(-1)
     return y.reshape(x.shape)
 
-# %% ../../nbs/24_operations.ipynb #5e7128e5
+# %% ../../nbs/24_operations.ipynb #0fdaf1d8
 def _summed(function, keeps_dtype=False):
     "A reduction as PyTorch's, over all axes, one or several."
     def apply(x, dim=None, keepdim=False, *, dtype=None, **_):
@@ -583,13 +583,14 @@ def _spread(deviation, with_mean=False):
         return (y, mx.mean(x, axes, keepdims=keepdim)) if with_mean else y
     return apply
 
-# %% ../../nbs/24_operations.ipynb #3bae3fd8
+# %% ../../nbs/24_operations.ipynb #c5ec1409
 def _truth(function):
     return lambda x, dim=None, keepdim=False: function(x, _axes(dim, x.ndim), keepdims=keepdim)
 
 OPERATIONS |= {
     "sum": _summed(mx.sum), "mean": _summed(mx.mean), "prod": _summed(mx.prod),
-    "logsumexp": lambda x, dim, keepdim=False: mx.logsumexp(x, _axes(dim, x.ndim), keepdims=keepdim),
+    "logsumexp": lambda x, dim, keepdim=False: mx.logsumexp(
+        x, _axes(dim, x.ndim), keepdims=keepdim),
     "any": _truth(mx.any), "all": _truth(mx.all), "amax": _truth(mx.max), "amin": _truth(mx.min),
     "aminmax": lambda x, *, dim=None, keepdim=False: (
         _truth(mx.min)(x, dim, keepdim), _truth(mx.max)(x, dim, keepdim)),
@@ -597,7 +598,7 @@ OPERATIONS |= {
     "std_mean": _spread(True, True), "count_nonzero": lambda x, dim=None: mx.sum(
         x != 0, _axes(dim, x.ndim)).astype(mx.int64)}
 
-# %% ../../nbs/24_operations.ipynb #8f1e4c2c
+# %% ../../nbs/24_operations.ipynb #5c68b2ca
 @_operation("norm", "linalg_vector_norm", "norm_ScalarOpt_dim")
 def _norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
     x = _wide(x) if dtype is None else x.astype(dtype)
@@ -610,7 +611,7 @@ def _norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
     root = mx.power(mx.where(total == 0, 1, total), 1 / ord)
     return mx.where(total == 0, 0, mx.sqrt(mx.where(total == 0, 1, total)) if ord == 2 else root)
 
-# %% ../../nbs/24_operations.ipynb #12a6a246
+# %% ../../nbs/24_operations.ipynb #0ecf1f25
 def _sorted_places(x, dim, descending):
     "Where the values stand in order; equal ones keep theirs."
     if descending:
@@ -632,13 +633,13 @@ def _topk(x, k, dim=-1, largest=True, sorted=True):
 @_operation("median_dim")
 def _median(x, dim=-1, keepdim=False): return _kth(x, (x.shape[dim] + 1) // 2, dim, keepdim)
 
-# %% ../../nbs/24_operations.ipynb #d4cc907b
+# %% ../../nbs/24_operations.ipynb #b7edfba0
 @_operation("kthvalue")
 def _kth(x, k, dim=-1, keepdim=False):
     values, places = (_along(part, dim, slice(k - 1, k)) for part in _sort(x, dim))
     return (values, places) if keepdim else (mx.squeeze(values, dim), mx.squeeze(places, dim))
 
-# %% ../../nbs/24_operations.ipynb #3d7c0a4f
+# %% ../../nbs/24_operations.ipynb #73428320
 def _best(place):
     "The largest or smallest value along an axis, and its place."
     def apply(x, dim, keepdim=False):
@@ -660,7 +661,7 @@ OPERATIONS |= {
     "median": lambda x: _median(x.reshape(-1), 0)[0],
     "argsort": lambda x, dim=-1, descending=False, **_: _sort(x, dim, descending)[1]}
 
-# %% ../../nbs/24_operations.ipynb #8db07e1f
+# %% ../../nbs/24_operations.ipynb #770e191a
 def _running(function):
     def apply(x, dim, *, dtype=None):
         whole = not mx.issubdtype(x.dtype, mx.inexact)

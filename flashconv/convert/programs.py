@@ -9,9 +9,12 @@ __all__ = ['ops', 'Part', 'Output', 'ExportedNetwork', 'from_program', 'Operatio
 import contextlib
 import dataclasses
 import inspect
+import io
+import logging
 import math
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from fastcore.basics import patch
 
+# %% ../../nbs/25_programs.ipynb #20c78f8a
 from ..algorithms.explain import _watched
 from .graphs import (
     OPS, _FLAGS, _Lines, _found, _hint, _needed, _operation_name)
@@ -26,10 +30,10 @@ from .layers import _Frozen, _as_array
 from .models import convert_model
 from .operations import write
 
-# %% ../../nbs/25_programs.ipynb #7143ac71
+# %% ../../nbs/25_programs.ipynb #e387ebbb
 ops = OPS  # under this name a program finds its operations
 
-# %% ../../nbs/25_programs.ipynb #01f68b8e
+# %% ../../nbs/25_programs.ipynb #09f936cb
 class Part(nn.Module):
     "A module of an exported network: its arrays and its parts."
 
@@ -68,7 +72,7 @@ class _Slot(NamedTuple):
     is_persistent: bool
     is_trained: bool
 
-# %% ../../nbs/25_programs.ipynb #80354f91
+# %% ../../nbs/25_programs.ipynb #2e8acd2e
 class _Tree:
     "The module tree of a network, and how its parts and arrays are reached."
 
@@ -98,7 +102,7 @@ class _Tree:
         while path not in self.parts: path = path.rpartition(".")[0]
         return self.text(self.keys[path])
 
-# %% ../../nbs/25_programs.ipynb #56a6f2b8
+# %% ../../nbs/25_programs.ipynb #7e983753
 @patch
 def fill(self: _Tree, path):
     "Put the arrays and the parts of one module into the tree."
@@ -123,11 +127,11 @@ def fill(self: _Tree, path):
         else: dict.__setitem__(part, key, made)
         if child not in self.own: self.fill(child)
 
-# %% ../../nbs/25_programs.ipynb #dcebde78
+# %% ../../nbs/25_programs.ipynb #060eeadd
 def _is_counted(paths):
     return [path.rpartition(".")[2] for path in paths] == list(map(str, range(len(paths))))
 
-# %% ../../nbs/25_programs.ipynb #0143e025
+# %% ../../nbs/25_programs.ipynb #076b822b
 @patch
 def place(self: _Tree, slot, part, keys, taken, names):
     "Put one array into its part, or note that it is there under another name."
@@ -138,7 +142,7 @@ def place(self: _Tree, slot, part, keys, taken, names):
         return
     array = _as_array(slot.tensor)
     if array is None:
-        self.problems.append(f"{slot.name} is no dense tensor, with values, of a dtype that MLX has")
+        self.problems.append(f"{slot.name} is no dense tensor, with values, of a dtype of MLX's")
         array = mx.zeros(())
     key = _key(last, taken)
     if not slot.is_persistent: key = "_" + key
@@ -150,14 +154,14 @@ def place(self: _Tree, slot, part, keys, taken, names):
         key, *getattr(part._no_grad, "buffers", ())})
     elif not slot.is_trained: part._no_grad.add(key)
 
-# %% ../../nbs/25_programs.ipynb #87963006
+# %% ../../nbs/25_programs.ipynb #1e44aecb
 def _identity(tensor):
     "What two names of one tensor have in common."
     if type(tensor).__name__.startswith("Uninitialized") or tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
-# %% ../../nbs/25_programs.ipynb #6532f9d8
+# %% ../../nbs/25_programs.ipynb #a2f7a808
 def _of_module(model):
     "The modules of a network, path -> class, and its tensors."
     kinds = {name: type(m).__name__ for name, m in model.named_modules(remove_duplicate=False)}
@@ -171,7 +175,7 @@ def _of_module(model):
                                tensor.requires_grad))
     return kinds, slots
 
-# %% ../../nbs/25_programs.ipynb #357771f9
+# %% ../../nbs/25_programs.ipynb #ccd5c02e
 def _of_exported(exported):
     "The same of an exported program, from names alone."
     signature, slots, kinds = exported.graph_signature, [], {"": ""}
@@ -183,7 +187,8 @@ def _of_exported(exported):
                            tensor.requires_grad))
     stacks = [node.meta.get("nn_module_stack") or {} for node in exported.graph.nodes]
     paths = [entry for stack in stacks for entry in stack.values()]
-    known = {path.partition("@")[0]: str(kind).rpartition(".")[2].strip("'>") for path, kind in paths}
+    known = {path.partition("@")[0]: str(kind).rpartition(".")[2].strip("'>")
+             for path, kind in paths}
     for name in (*known, *(slot.name.rpartition(".")[0] for slot in slots)):
         parts = name.split(".")
         for i in range(len(parts)):
@@ -191,7 +196,7 @@ def _of_exported(exported):
             kinds[path] = known.get(path, "")
     return kinds, slots
 
-# %% ../../nbs/25_programs.ipynb #acf9f901
+# %% ../../nbs/25_programs.ipynb #737cccf7
 class Output(dict):
     "A result with named parts: by name, as an attribute, or by number."
 
@@ -217,7 +222,7 @@ class _Node(NamedTuple):
     names: tuple
     items: tuple
 
-# %% ../../nbs/25_programs.ipynb #1595160e
+# %% ../../nbs/25_programs.ipynb #ea7cf1b6
 def _structure(spec):
     "PyTorch's description of a structure as ours."
     if spec.is_leaf(): return _Leaf()
@@ -237,15 +242,15 @@ def _names_in(context, count):
     if len(context) == count and all(isinstance(name, str) for name in context): return context
     return next(filter(None, (_names_in(part, count) for part in context)), None)
 
-# %% ../../nbs/25_programs.ipynb #43845db2
+# %% ../../nbs/25_programs.ipynb #eb3701c4
 def _leaves(value, structure, where):
     "The values of a structure in order; TypeError where it is another one."
     if isinstance(structure, _Leaf): return [value]
     if structure.kind in ("tuple", "list"):
         if not isinstance(value, (tuple, list)) or len(value) != len(structure.items):
-            found = f"{type(value).__name__}{f' of {len(value)}' if hasattr(value, '__len__') else ''}"
+            length = f" of {len(value)}" if hasattr(value, "__len__") else ""
             raise TypeError(f"{where}: expected a {structure.kind} of {len(structure.items)}, but "
-                            f"got {found}")
+                            f"got {type(value).__name__}{length}")
         pairs = zip(value, structure.items, range(len(value)))
         return [leaf for v, s, i in pairs for leaf in _leaves(v, s, f"{where}[{i}]")]
     if dataclasses.is_dataclass(value) and not isinstance(value, dict):
@@ -257,7 +262,7 @@ def _leaves(value, structure, where):
     pairs = zip(structure.names, structure.items)
     return [leaf for n, s in pairs for leaf in _leaves(value[n], s, f"{where}[{n!r}]")]
 
-# %% ../../nbs/25_programs.ipynb #9957e845
+# %% ../../nbs/25_programs.ipynb #f5837afe
 def _built(leaves, structure):
     "The structure made of values in order."
     if isinstance(structure, _Leaf): return next(leaves)
@@ -267,7 +272,7 @@ def _built(leaves, structure):
     if structure.kind == "dict": return dict(zip(structure.names, values))
     return Output({n: v for n, v in zip(structure.names, values) if v is not None})
 
-# %% ../../nbs/25_programs.ipynb #d34bfd4b
+# %% ../../nbs/25_programs.ipynb #163dd594
 class _Input(NamedTuple):
     "One value of an example."
     name: str
@@ -290,7 +295,7 @@ class _Range(NamedTuple):
     least: int
     most: float
 
-# %% ../../nbs/25_programs.ipynb #a23aa854
+# %% ../../nbs/25_programs.ipynb #1b5dea54
 class _Program:
     "Python made of a graph, for one mode."
 
@@ -315,7 +320,7 @@ class _Program:
         arrays = [v for v, i in zip(values, self.inputs) if i.shape is not None]
         return _built(iter(self.run(module, *arrays)), self.structures[1])
 
-# %% ../../nbs/25_programs.ipynb #6d34d15c
+# %% ../../nbs/25_programs.ipynb #ec41490a
 @patch
 def arranged(self: _Program, args, kwargs):
     "Arguments as the example had them, by place or by name."
@@ -337,11 +342,11 @@ def arranged(self: _Program, args, kwargs):
                         f"example, but got {len(args)} and {sorted(kwargs)}")
     return args, kwargs
 
-# %% ../../nbs/25_programs.ipynb #68b13f9a
+# %% ../../nbs/25_programs.ipynb #634f09e2
 def _count(structure):
     return 1 if isinstance(structure, _Leaf) else sum(map(_count, structure.items))
 
-# %% ../../nbs/25_programs.ipynb #755bcd11
+# %% ../../nbs/25_programs.ipynb #94d64b2a
 @patch
 def check(self: _Program, values, given):
     "Refuse values that the program was not made for; ValueError or TypeError."
@@ -364,7 +369,7 @@ def check(self: _Program, values, given):
         self.admit(*given)
         self.seen.add(key)
 
-# %% ../../nbs/25_programs.ipynb #36e43448
+# %% ../../nbs/25_programs.ipynb #b15262ad
 def _shown(shape): return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 def _matches(shape, expected, sizes):
@@ -377,7 +382,7 @@ def _matches(shape, expected, sizes):
         elif isinstance(wanted, int) and n != wanted: return False
     return True
 
-# %% ../../nbs/25_programs.ipynb #c6908cec
+# %% ../../nbs/25_programs.ipynb #81764858
 class _Sized:
     "An argument of which only sizes are asked."
 
@@ -402,7 +407,7 @@ def admit(self: _Program, args, kwargs):
             rule = re.sub(r"L\['(\w+)'\]", r"\1", guard).replace(".size()", ".shape")
             raise ValueError(f"the network works with sizes for which {rule}, which these are not")
 
-# %% ../../nbs/25_programs.ipynb #24cf06dc
+# %% ../../nbs/25_programs.ipynb #4411b77c
 class ExportedNetwork(Part):
     "A network of PyTorch's as `convert_model` makes it of its exported program."
 
@@ -424,7 +429,7 @@ class ExportedNetwork(Part):
         program = self._programs[bool(self._training)]
         return program if isinstance(program, str) else program.text
 
-# %% ../../nbs/25_programs.ipynb #6cd76771
+# %% ../../nbs/25_programs.ipynb #ccb78e37
 @contextlib.contextmanager
 def _in_mode(model, is_training):
     "The model in a mode, and afterwards in the modes that it had."
@@ -435,7 +440,7 @@ def _in_mode(model, is_training):
     finally:
         for module, mode in before.items(): module.training = mode
 
-# %% ../../nbs/25_programs.ipynb #235f71b5
+# %% ../../nbs/25_programs.ipynb #72df5019
 @contextlib.contextmanager
 def _without_own_gradients(torch):
     "While it is exported, a network may not call an `autograd.Function` of the user's."
@@ -443,15 +448,15 @@ def _without_own_gradients(torch):
 
     def apply(cls, *args, **kwargs):
         if cls.__module__.startswith("torch."): return plain.__get__(None, cls)(*args, **kwargs)
-        raise _OwnGradient(f"{cls.__qualname__} is a torch.autograd.Function, whose backward is not "
-                           "in an exported program")
+        raise _OwnGradient(f"{cls.__qualname__} is a torch.autograd.Function, whose backward is "
+                           "not in an exported program")
     function.apply = classmethod(apply)
     try: yield
     finally: function.apply = plain
 
 class _OwnGradient(Exception): pass
 
-# %% ../../nbs/25_programs.ipynb #07fe1ed3
+# %% ../../nbs/25_programs.ipynb #54c9410a
 @contextlib.contextmanager
 def _known_numbers(model, torch):
     "While it is exported, whole numbers in buffers without persistence are constants."
@@ -473,7 +478,7 @@ def _known_numbers(model, torch):
             module._buffers.clear()
             module._buffers.update(buffers)
 
-# %% ../../nbs/25_programs.ipynb #9e84a22b
+# %% ../../nbs/25_programs.ipynb #c8436a87
 @contextlib.contextmanager
 def _plain_attention(torch):
     "While a network is exported, attention is made of operations that have gradients."
@@ -482,13 +487,25 @@ def _plain_attention(torch):
     try: yield
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../../nbs/25_programs.ipynb #32a7ee34
+# %% ../../nbs/25_programs.ipynb #25472ca1
+@contextlib.contextmanager
+def _quiet():
+    "Without what is printed, logged and warned of meanwhile."
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
+            warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: yield
+        finally: logging.disable(level)
+
+# %% ../../nbs/25_programs.ipynb #4adb2183
 def _export(torch, model, args, kwargs, dynamic_shapes, is_training):
     "The exported program in a mode."
     _register(torch, (args, kwargs))
     def export():
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    with _in_mode(model, is_training), _plain_attention(torch), \
+    with _quiet(), _in_mode(model, is_training), _plain_attention(torch), \
             _without_own_gradients(torch), torch.enable_grad():
         try: return export()
         except _OwnGradient: raise
@@ -499,7 +516,7 @@ def _export(torch, model, args, kwargs, dynamic_shapes, is_training):
             try: return export()
             except Exception: raise first from None
 
-# %% ../../nbs/25_programs.ipynb #d3ced939
+# %% ../../nbs/25_programs.ipynb #9218a428
 def _registered_outputs(torch, model, args, kwargs):
     "Whether the model gives a dataclass that PyTorch did not know; it does now."
     copies = torch.utils._pytree.tree_map(
@@ -512,7 +529,7 @@ def _registered_outputs(torch, model, args, kwargs):
         with torch.no_grad():
             for name, tensor in model.named_buffers(): tensor.copy_(state[name])
 
-# %% ../../nbs/25_programs.ipynb #35261539
+# %% ../../nbs/25_programs.ipynb #8ac1b200
 def _register(torch, value):
     "Make dataclasses known to the exporter. Whether there were any."
     leaves = torch.utils._pytree.tree_leaves(value)
@@ -523,7 +540,7 @@ def _register(torch, value):
                                                   for f in dataclasses.fields(leaf)])
     return bool(found)
 
-# %% ../../nbs/25_programs.ipynb #ead10335
+# %% ../../nbs/25_programs.ipynb #16bea150
 _REMEDIES = ("Usual remedies: torch.where instead of an if on values, sizes instead of .item(), "
              "dynamic_shapes without what the message names, or an MLX module for the part in "
              "question in modules={...}")
@@ -540,7 +557,7 @@ def _refusal(error):
     where = f", at {own[-1][0]}, line {own[-1][1]}" if own else ""
     return f"{reason.rstrip('.')}{where}"
 
-# %% ../../nbs/25_programs.ipynb #b2cbb7c7
+# %% ../../nbs/25_programs.ipynb #95c27283
 def _frames_of(error):
     "The files and lines that an error came through, below those of its cause."
     frames = []
@@ -554,7 +571,7 @@ def _frames_of(error):
         error = error.__cause__ or error.__context__
     return frames
 
-# %% ../../nbs/25_programs.ipynb #95a344ed
+# %% ../../nbs/25_programs.ipynb #77bcb049
 def _program(exported, tree, own, is_training, torch, names, calls=()):
     "The program of a graph, and what stood in its way."
     lines = _Lines(tree.root, tree, own, is_training, torch)
@@ -575,7 +592,7 @@ def _program(exported, tree, own, is_training, torch, names, calls=()):
         text, [i for i, _ in inputs], structures, functions, guards if ranges else [], ranges)
     return program, lines
 
-# %% ../../nbs/25_programs.ipynb #e68ff5b4
+# %% ../../nbs/25_programs.ipynb #b21f61ab
 def _dry(root, is_training):
     "Nothing: modes are those of the example."
     if is_training is not None: root.train(is_training)
@@ -588,7 +605,7 @@ def _ranges(exported):
         found.append(_Range(str(symbol), int(values.lower) if values.lower > 2 else 0, most))
     return found
 
-# %% ../../nbs/25_programs.ipynb #dbbe6071
+# %% ../../nbs/25_programs.ipynb #7a699c0c
 def _inputs(lines, exported, tree, torch):
     "The inputs, with their names in the program, and the names of what is state."
     kinds, inputs, states = torch.export.graph_signature.InputKind, [], {}
@@ -606,7 +623,7 @@ def _inputs(lines, exported, tree, torch):
         else: lines.problem(node, f"an input of kind {spec.kind.name}", "pass it as a tensor")
     return inputs, states
 
-# %% ../../nbs/25_programs.ipynb #f2df4ea8
+# %% ../../nbs/25_programs.ipynb #df72edfd
 def _hold(lines, node, expression):
     "Let a node be what an expression gives, at once."
     lines.name[node] = expression
@@ -622,7 +639,7 @@ def _constant(tree, name, constants):
     held[name] = array
     return f"self['_constants'][{name!r}]"
 
-# %% ../../nbs/25_programs.ipynb #23cef347
+# %% ../../nbs/25_programs.ipynb #b75fb1fc
 def _argument(lines, spec, node, torch):
     "An input of the user's: what it has to be, and its name in the program."
     value = node.meta.get("val") if node is not None else getattr(spec.arg, "value", None)
@@ -639,7 +656,7 @@ def _argument(lines, spec, node, torch):
     shape = tuple(map(_size, value.shape))
     return _Input(spec.arg.name, shape, str(value.dtype), None), name
 
-# %% ../../nbs/25_programs.ipynb #1baa6b70
+# %% ../../nbs/25_programs.ipynb #3d4b73ac
 def _size(size):
     "A number, a name, or so many times a name."
     if isinstance(size, int): return size
@@ -650,7 +667,7 @@ def _size(size):
     more = int(expression.subs(symbol, 0))
     return _Size(str(symbol), int(expression.subs(symbol, 1)) - more, more)
 
-# %% ../../nbs/25_programs.ipynb #0a7450a3
+# %% ../../nbs/25_programs.ipynb #6f68813e
 def _ends(lines, exported, result, states):
     "The last lines: what was written to, and what is given back."
     kinds, ends = type(exported.graph_signature.output_specs[0].kind), []
@@ -664,7 +681,7 @@ def _ends(lines, exported, result, states):
     ends.append(f"return ({', '.join(values)}{',' if len(values) == 1 else ''})")
     return ends
 
-# %% ../../nbs/25_programs.ipynb #2a484255
+# %% ../../nbs/25_programs.ipynb #3f122f53
 def _converted(source, args, kwargs, dynamic_shapes, operations, modules):
     "The network that a module, an exported program or its file becomes, and its lines by mode."
     torch = sys.modules.get("torch")
@@ -675,20 +692,20 @@ def _converted(source, args, kwargs, dynamic_shapes, operations, modules):
     if torch is not None and isinstance(source, torch.export.ExportedProgram):
         return _from_exported(source, own, torch)
     if torch is None or not isinstance(source, torch.nn.Module):
-        raise TypeError("expected model to be a torch.nn.Module, an ExportedProgram or a .pt2 file, "
-                        f"but got {type(source)}")
+        raise TypeError("expected model to be a torch.nn.Module, an ExportedProgram or a .pt2 "
+                        f"file, but got {type(source)}")
     _check_example(torch, source, args, kwargs)
     return _from_module(source, args, kwargs or {}, dynamic_shapes, own, modules or {}, torch)
 
-# %% ../../nbs/25_programs.ipynb #c98dc31a
+# %% ../../nbs/25_programs.ipynb #92398d50
 def _loaded(torch, path):
     if path.suffix != ".pt2": raise ValueError(f"expected a file named .pt2, but got {path}")
     with open(path, "rb"): pass  # or the error that says why not
     try: return torch.export.load(str(path))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise RuntimeError(f"{path} is no exported program of this PyTorch ({torch.__version__}), or "
-                           f"damaged: {type(error).__name__}: {reason}") from error
+        raise RuntimeError(f"{path} is no exported program of this PyTorch ({torch.__version__}), "
+                           f"or damaged: {type(error).__name__}: {reason}") from error
 
 def _checked_operations(operations):
     if operations is None: return {}
@@ -697,11 +714,12 @@ def _checked_operations(operations):
                         f"{operations!r}")
     return {key if "::" in key else f"aten::{key}": f for key, f in operations.items()}
 
-# %% ../../nbs/25_programs.ipynb #82e2f0fc
+# %% ../../nbs/25_programs.ipynb #9647689c
 def _check_example(torch, model, args, kwargs):
     "Refuse what is no example, and one on another device than the model."
     if not isinstance(args, tuple):
-        raise TypeError(f"expected args to be a tuple of examples, as in (x,), but got {type(args)}")
+        raise TypeError("expected args to be a tuple of examples, as in (x,), but got "
+                        f"{type(args)}")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise TypeError(f"expected kwargs to be a dict, name -> example, but got {type(kwargs)}")
     tensors = [v for v in torch.utils._pytree.tree_leaves((args, kwargs or {}))
@@ -716,7 +734,7 @@ def _check_example(torch, model, args, kwargs):
         raise ValueError(f"the network and its example lie on {', '.join(sorted(devices))}: move "
                          "both to one, as in model.cpu()")
 
-# %% ../../nbs/25_programs.ipynb #ff8b02c9
+# %% ../../nbs/25_programs.ipynb #e5881ca9
 def _from_module(model, args, kwargs, dynamic_shapes, own, modules, torch):
     "A network made of a module: one program per mode."
     calls, exported = [], {}
@@ -740,7 +758,7 @@ def _from_module(model, args, kwargs, dynamic_shapes, own, modules, torch):
     for path, part in tree.parts.items(): part._training = modes[path]
     return _finished(tree, found)
 
-# %% ../../nbs/25_programs.ipynb #34ae2f37
+# %% ../../nbs/25_programs.ipynb #ebaa3473
 def _parameter_names(model):
     "The names of the arguments; a star before one that takes the rest."
     names = []
@@ -749,7 +767,7 @@ def _parameter_names(model):
         if p.kind != p.VAR_KEYWORD: names.append(p.name)
     return names
 
-# %% ../../nbs/25_programs.ipynb #189c6b74
+# %% ../../nbs/25_programs.ipynb #d9ff1200
 def _from_exported(exported, own, torch):
     "A network made of an exported program, whose flags follow the mode."
     kinds, slots = _of_exported(exported)
@@ -765,7 +783,7 @@ def _from_exported(exported, own, torch):
     tree.root.train(any(flags))
     return _finished(tree, {False: program, True: program})
 
-# %% ../../nbs/25_programs.ipynb #2cef0a20
+# %% ../../nbs/25_programs.ipynb #1a9fe1d7
 def _finished(tree, found):
     "The network, if nothing stands in its way; otherwise the list of what does."
     problems = [*tree.problems, *(p for f in found.values() if not isinstance(f, str)
@@ -778,7 +796,7 @@ def _finished(tree, found):
         vars(root)["_script"] = _script(tree, programs, lines)
     return root, lines, problems, tree
 
-# %% ../../nbs/25_programs.ipynb #553735bc
+# %% ../../nbs/25_programs.ipynb #a37acf01
 _FLAG = re.compile(r"self[\w.\[\]]*\.training|\bTrue\b|\bFalse\b")
 
 def _agreed(training, evaluation):
@@ -797,14 +815,14 @@ def _agreed(training, evaluation):
         agreed[name] = _FLAG.sub(lambda _: next(rest), expression)
     return agreed
 
-# %% ../../nbs/25_programs.ipynb #eaee09e3
+# %% ../../nbs/25_programs.ipynb #6754cecb
 def _flag(training, evaluation):
     "What a flag is in both modes."
     if training == evaluation or training.endswith("training") and evaluation == "False":
         return training
     return "True" if training.endswith("training") and evaluation == "True" else None
 
-# %% ../../nbs/25_programs.ipynb #2d0cd4eb
+# %% ../../nbs/25_programs.ipynb #c0cc9475
 def _kept_by_its_own(lines, stacks, tree):
     "The values that the module that makes them keeps: name -> expression of the place."
     made = {line.partition(" = ")[0]: stack for line, stack in stacks.items()}
@@ -819,7 +837,7 @@ def _through_places(line, puts):
     value = re.sub(r"(?<![\w.'])[A-Za-z_]\w*", lambda m: puts.get(m[0], m[0]), value)
     return f"{name}{equals}{value}"
 
-# %% ../../nbs/25_programs.ipynb #f73ecb62
+# %% ../../nbs/25_programs.ipynb #b7b19026
 def _script(tree, programs, lines):
     "What the source of a network is written from; a sentence where there can be none."
     found = [mode for mode, program in programs.items() if not isinstance(program, str)]
@@ -849,7 +867,7 @@ def _script(tree, programs, lines):
         "in_training" if m else "in_evaluation": programs[m].text for m in found}
     return script
 
-# %% ../../nbs/25_programs.ipynb #686c1696
+# %% ../../nbs/25_programs.ipynb #dfa70eb1
 def from_program(
     model,  # torch.nn.Module, ExportedProgram, or the name of a .pt2 file
     args: tuple | None,  # an example of what the network is called with
@@ -865,7 +883,7 @@ def from_program(
                          + "\n\t".join(problems))
     return root
 
-# %% ../../nbs/25_programs.ipynb #06b1a6f6
+# %% ../../nbs/25_programs.ipynb #bef71d89
 class OperationRow(NamedTuple):
     "A row of a program's report."
     operation: str  # PyTorch's name
@@ -893,7 +911,7 @@ class ProgramReport(tuple):
         refused = [f"can't be converted: {problem}" for problem in self.problems]
         return "\n".join([*lines, total, *refused])
 
-# %% ../../nbs/25_programs.ipynb #679ef64f
+# %% ../../nbs/25_programs.ipynb #d0afdf29
 def program_report(
     model,  # torch.nn.Module, ExportedProgram, or the name of a .pt2 file
     args: tuple | None,  # an example of what the network is called with
@@ -915,7 +933,7 @@ def program_report(
                if not slot.is_buffer and slot.name not in tree.aliases)
     return ProgramReport(sorted(table, key=lambda row: -row.count), size, problems)
 
-# %% ../../nbs/25_programs.ipynb #381c5ccd
+# %% ../../nbs/25_programs.ipynb #79db5e54
 def _macs(node):
     "Multiplications of a convolution or a product, for the example."
     name, values = _operation_name(node), [getattr(a, "meta", {}).get("val") for a in node.args]
@@ -937,7 +955,7 @@ def became(self: _Lines, node):
     runs = _watched(lambda: eval(self.expressions[node], self.space))
     return ", ".join([f"functional.{key}", *sorted({run[0] for run in runs})])
 
-# %% ../../nbs/25_programs.ipynb #1915edcc
+# %% ../../nbs/25_programs.ipynb #378cba7c
 _STANDING = {}  # while a network is exported: number of a call -> what makes its outputs
 
 def _library(torch):
@@ -950,7 +968,7 @@ def _library(torch):
     torch.library.register_fake("flashconv::submodule", run, lib=library)
     _STANDING["library"] = library  # which forgets its operations when it goes
 
-# %% ../../nbs/25_programs.ipynb #3fa5f346
+# %% ../../nbs/25_programs.ipynb #77093529
 @contextlib.contextmanager
 def _replaced_forwards(torch, standing, calls, args, kwargs, model, varies):
     "While a network is exported, some submodules are one operation each."
@@ -963,7 +981,7 @@ def _replaced_forwards(torch, standing, calls, args, kwargs, model, varies):
     finally:
         for module in standing.values(): vars(module).pop("forward", None)
 
-# %% ../../nbs/25_programs.ipynb #66aee8e9
+# %% ../../nbs/25_programs.ipynb #e936ebdc
 def _seen_outputs(torch, standing, model, args, kwargs):
     "What some submodules give for the example: path -> the outputs of each call."
     seen = {path: [] for path in standing}
@@ -980,7 +998,7 @@ def _seen_outputs(torch, standing, model, args, kwargs):
             for name, tensor in model.named_buffers(): tensor.copy_(state[name])
     return seen
 
-# %% ../../nbs/25_programs.ipynb #f6778307
+# %% ../../nbs/25_programs.ipynb #86063417
 def _standing_forward(torch, path, module, plain, calls, seen, varies):
     "A forward that the graph has as one operation."
     tree, count = torch.utils._pytree, iter(range(10**6))
@@ -1004,7 +1022,7 @@ def _standing_forward(torch, path, module, plain, calls, seen, varies):
         return tree.tree_unflatten(outputs, made["spec"])
     return forward
 
-# %% ../../nbs/25_programs.ipynb #9fb2e2ed
+# %% ../../nbs/25_programs.ipynb #cfc62a0e
 def _stand_ins(standing, modules):
     "The user's modules in MLX, with the tensors and the attributes of PyTorch's."
     return {path: convert_model(module, modules=modules) for path, module in standing.items()}
@@ -1019,4 +1037,5 @@ def submodule(self: _Lines, node):
     args, kwargs = torch.utils._pytree.tree_unflatten(texts, spec)
     arguments = [*args, *(f"{name}={text}" for name, text in kwargs.items())]
     call = f"{self.state.owner(path)}({', '.join(arguments)})"
-    self.name[node] = self.emit(node, f"[{call}]" if made["spec"].is_leaf() else f"ops.leaves({call})")
+    result = f"[{call}]" if made["spec"].is_leaf() else f"ops.leaves({call})"
+    self.name[node] = self.emit(node, result)
