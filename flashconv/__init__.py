@@ -33,5 +33,5 @@ __all__ = [
     "LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize",
     "from_torch", "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state",
     "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "source",
-    "upgrade", "downgrade", "algorithm", "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations", "_ConvNd",
-    "_ConvTransposeNd"]
+    "upgrade", "downgrade", "algorithm", "allow_fft", "allow_fft_everywhere", "explain", "tune",
+    "plain_operations", "_ConvNd", "_ConvTransposeNd"]

@@ -9,4 +9,5 @@ from flashconv.convert.swap import downgrade, upgrade
 
 __all__ = [
     "from_torch", "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state",
-    "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "source", "upgrade", "downgrade"]
+    "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "source",
+    "upgrade", "downgrade"]

@@ -660,7 +660,8 @@ def _walked(model, data_format, modules):
 def _is_program(model, args):
     "Whether there is a program: an example to export one with, or one that is exported."
     torch = sys.modules.get("torch")
-    if args is not None or isinstance(model, (str, Path)): return True
+    if args is not None: return True
+    if isinstance(model, (str, Path)): return Path(model).suffix == ".pt2"
     return torch is not None and isinstance(model, torch.export.ExportedProgram)
 
 def _from_program(model, args, kwargs, data_format, modules, operations, dynamic_shapes,
@@ -711,8 +712,8 @@ def convert_model(
                          + "\n\t".join(refused) + _HINT)
     return ours
 
-_HINT = ("\nWith an example of its input, convert_model(model, (x,)) exports the network's program, "
-         "which may be any code.")
+_HINT = ("\nWith an example of its input, convert_model(model, (x,)) exports the network's "
+         "program, which may be any code.")
 
 # %% ../../nbs/13_models.ipynb #c67626df
 def conversion_report(

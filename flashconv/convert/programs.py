@@ -25,13 +25,13 @@ from fastcore.basics import patch
 # %% ../../nbs/25_programs.ipynb #20c78f8a
 from ..algorithms.explain import _watched
 from .graphs import (
-    OPS, _FLAGS, _Lines, _found, _hint, _needed, _operation_name)
+    _OPS, _FLAGS, _Lines, _found, _hint, _needed, _operation_name)
 from .layers import _Frozen, _as_array
 from .models import convert_model
 from .operations import write
 
 # %% ../../nbs/25_programs.ipynb #e387ebbb
-ops = OPS  # under this name a program finds its operations
+ops = _OPS  # under this name a program finds its operations
 
 # %% ../../nbs/25_programs.ipynb #09f936cb
 class Part(nn.Module):
@@ -43,7 +43,7 @@ class Part(nn.Module):
         names: dict | None = None,  # keys here -> PyTorch's names, where they differ
         buffers: tuple = (),  # keys of arrays that are never trained
         frozen: tuple = (),  # keys of arrays that are not trained now
-        **items,  # arrays, parts and lists of parts; numbers are plain attributes
+        **items: object,  # arrays, parts and lists of parts; numbers are plain attributes
     ):
         super().__init__()
         self.kind = kind
@@ -56,11 +56,27 @@ class Part(nn.Module):
 
     def _extra_repr(self): return self.kind
 
+    def hold(
+        self,
+        constants: dict,  # name -> array
+    ) -> None:
+        "Keep the tensors that the network's code makes, which are no state."
+        dict.__setitem__(self, "_constants", constants)
+
+    def alias(
+        self,
+        names: dict,  # PyTorch's name -> the keys under which the array is
+    ) -> None:
+        "Let arrays have further names in the state."
+        vars(self)["_aliases"] = names
+
+_RESERVED = {"self", "kind", "names", "buffers", "frozen"}  # what the constructor takes
+
 def _key(name, taken):
     "The key under which MLX finds what PyTorch calls `name`."
     key = name.lstrip("_") or "x"
     if key.isdigit(): key = f"item_{key}"
-    if hasattr(nn.Module, key) or key in ("self", "kind", "names", "buffers", "frozen"): key += "_"
+    if hasattr(Part, key) or key in _RESERVED: key += "_"
     while key != name and key in taken: key += "_"
     return key
 
@@ -85,7 +101,7 @@ class _Tree:
         for slot in slots:
             self.tensors.setdefault(slot.name.rpartition(".")[0], []).append(slot)
         self.fill("")
-        vars(root)["_aliases"] = self.aliases
+        root.alias(self.aliases)
 
     def text(self, keys):
         "The expression that reaches what lies under some keys."
@@ -302,7 +318,7 @@ class _Program:
     def __init__(self, text, inputs, structures, functions, guards, ranges):
         self.text, self.inputs, self.structures = text, inputs, structures
         self.functions, self.guards, self.ranges, self.seen = functions, guards, ranges, set()
-        space = {"mx": mx, "math": math, "inf": math.inf, "nan": math.nan, "ops": OPS,
+        space = {"mx": mx, "math": math, "inf": math.inf, "nan": math.nan, "ops": _OPS,
                  "write": write, **functions}
         exec(compile(text, "<exported network>", "exec"), space)
         self.run = space["forward"]
@@ -631,7 +647,8 @@ def _hold(lines, node, expression):
 
 def _constant(tree, name, constants):
     "The expression of a tensor that the network's code makes."
-    held = tree.root.setdefault("_constants", {})
+    if "_constants" not in tree.root: tree.root.hold({})
+    held = tree.root["_constants"]
     array = _as_array(constants[name])
     if array is None:
         tree.problems.append(f"{name} is no dense tensor of a dtype that MLX has")
@@ -849,8 +866,10 @@ def _script(tree, programs, lines):
     puts = _kept_by_its_own(lines[mode], stacks, tree)
     state = dict(line.split(" = ", 1) for line in ends[:-1])
     state = {place: value for place, value in state.items() if value not in puts}
-    script = {"kinds": tree.kinds, "owners": {path: tree.text(keys) for path, keys in tree.keys.items()},
-              "structures": program.structures, "states": state, "results": lines[mode].results_text,
+    owners = {path: tree.text(keys) for path, keys in tree.keys.items()}
+    results = lines[mode].results_text
+    script = {"kinds": tree.kinds, "owners": owners, "states": state, "results": results,
+              "structures": program.structures, "puts": puts, "count": len(results),
               "leaves": [(i.shape is not None, i.value) for i in program.inputs]}
     agreed = {}
     if len(found) == 2:
@@ -858,10 +877,9 @@ def _script(tree, programs, lines):
         bare = {False: _needed(lines[False].lines, lines[False].ends[-1:]),
                 True: _needed([_through_places(line, puts) for line in lines[True].lines], last)}
         agreed = _agreed(bare[True], bare[False])
-    script |= {"inputs": lines[mode].input_names, "count": len(script["results"])}
+    script["inputs"] = lines[mode].input_names
     pairs = [_through_places(line, puts).split(" = ", 1) for line in kept]
     script["lines"] = [(name, (agreed or {}).get(name, value)) for name, value in pairs]
-    script["puts"] = puts
     script["stacks"] = [stacks[line] for line in kept]
     if agreed is None: script["flat"] = {
         "in_training" if m else "in_evaluation": programs[m].text for m in found}
@@ -1013,7 +1031,7 @@ def _standing_forward(torch, path, module, plain, calls, seen, varies):
             full = [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             a, k = tree.tree_unflatten(full, spec)
             if varies: result = plain(module, *a, **k)
-            else: result = tree.tree_map(lambda t: inputs[0].new_empty(t.shape, dtype=t.dtype), example)
+            else: result = tree.tree_map(lambda t: _like(t, inputs[0]), example)
             outputs, made["spec"] = tree.tree_flatten(result)
             return [output.clone() for output in outputs]
         _STANDING[call] = run
@@ -1022,7 +1040,9 @@ def _standing_forward(torch, path, module, plain, calls, seen, varies):
         return tree.tree_unflatten(outputs, made["spec"])
     return forward
 
-# %% ../../nbs/25_programs.ipynb #cfc62a0e
+# %% ../../nbs/25_programs.ipynb #5593228d
+def _like(example, tensor): return tensor.new_empty(example.shape, dtype=example.dtype)
+
 def _stand_ins(standing, modules):
     "The user's modules in MLX, with the tensors and the attributes of PyTorch's."
     return {path: convert_model(module, modules=modules) for path, module in standing.items()}

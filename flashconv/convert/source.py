@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from fastcore.basics import patch
 
-from .graphs import dtype_name
+from .graphs import _dtype_name
 from .programs import ExportedNetwork, Part, _Leaf
 
 # %% ../../nbs/26_source.ipynb #d75045a0
@@ -80,8 +80,8 @@ class _Method:
 
 _NUMBER = re.compile(r"(?<![\w.'\[])(\((?:-?[\d.]+(?:e-?\d+)?, ?)+(?:-?[\d.]+(?:e-?\d+)?)?\)"
                      r"|(?<!: )-?\d[\d.]*(?:e[-+]?\d+)?)(?![\w.:\]])")
-_TAKEN = {"x", "self", "mx", "ops", "math", "write", "functional", "float", "int", "max", "min", "abs",
-          "round", "inf", "nan", "view", "input"}
+_TAKEN = {"x", "self", "mx", "ops", "math", "write", "functional", "float", "int", "max", "min",
+          "abs", "round", "inf", "nan", "view", "input"}  # what a line may need under its own name
 
 def _stem(name):
     "A short name for what a line makes."
@@ -122,7 +122,8 @@ class _Writer:
             last = re.findall(r"\w+", name)[-1]
             names[name] = _local("x" if name in self.variables else _stem(last), taken)
         body = self.body(frame, prefix, names, taken, wanted)
-        results = [name for name in dict.fromkeys(name for name, _ in frame.lines()) if name in wanted]
+        lines = dict(frame.lines())
+        results = [name for name in lines if name in wanted]
         given = ", ".join(names[result] for result in results)
         if len(results) == 1 and body[-1].startswith(f"{given} = "):
             body[-1] = "return " + body[-1].partition(" = ")[2]
@@ -193,7 +194,8 @@ def _reached(expression, structure, inputs):
         yield expression, *next(inputs)
         return
     keys = structure.names or range(len(structure.items))
-    for key, item in zip(keys, structure.items): yield from _reached(f"{expression}[{key!r}]", item, inputs)
+    for key, item in zip(keys, structure.items):
+        yield from _reached(f"{expression}[{key!r}]", item, inputs)
 
 def _given(structure, values):
     "The expression of a result."
@@ -263,8 +265,9 @@ def _tree_text(part, path, keys, script, made, depth):
     for key, value in dict.items(part):
         if key == "_constants": continue
         if isinstance(value, list):
-            inner = [_tree_text(v, children[f"{keys}.{key}[{i}]"], f"{keys}.{key}[{i}]", script, made,
-                                depth + 2) for i, v in enumerate(value)]
+            places = [f"{keys}.{key}[{i}]" for i in range(len(value))]
+            inner = [_tree_text(v, children[place], place, script, made, depth + 2)
+                     for v, place in zip(value, places)]
             pad = "\n" + "    " * (depth + 2)
             items.append(f"{key}=[{pad}{f',{pad}'.join(inner)}]" if inner else f"{key}=[]")
         elif isinstance(value, Part):
@@ -279,13 +282,13 @@ def _tree_text(part, path, keys, script, made, depth):
 def _array_text(key, value):
     "What makes an array: zeros where the state has it, otherwise its values."
     if key.startswith("_"): return _stored_text(value)
-    dtype = "" if value.dtype == mx.float32 else f", dtype={dtype_name(value.dtype)}"
+    dtype = "" if value.dtype == mx.float32 else f", dtype={_dtype_name(value.dtype)}"
     return f"array({', '.join(map(str, value.shape))}{dtype})".replace("(, ", "(")
 
 def _stored_text(value):
     packed = base64.b85encode(zlib.compress(bytes(np.array(value.reshape(-1).view(mx.uint8))))) \
         if value.size else b""
-    return f"stored({packed.decode()!r}, {value.shape}, {dtype_name(value.dtype)})"
+    return f"stored({packed.decode()!r}, {value.shape}, {_dtype_name(value.dtype)})"
 
 # %% ../../nbs/26_source.ipynb #60fc5303
 def array(
@@ -325,7 +328,7 @@ def network():
 
 # %% ../../nbs/26_source.ipynb #191f2622
 def source(
-    model: ExportedNetwork,  # what `convert_model` made of a network and an example
+    model: ExportedNetwork,  # what convert_model made of a network and an example
 ) -> str:  # a Python file whose `network()` makes the same, with zeros for what was learned
     """The network as Python: a class per kind of module, and the tree with PyTorch's names.
 
@@ -343,15 +346,17 @@ def source(
     texts, made = _classes(methods, script["kinds"])
     if "flat" in script: texts, made = _flat(script)
     tree = _tree_text(model, "", "self", script, made, 1)
-    rest = [f'dict.__setitem__(model, "_constants", {{{_constants(model)}}})'] if "_constants" in model else []
-    if aliases := vars(model).get("_aliases"): rest.append(f'vars(model)["_aliases"] = {aliases!r}')
+    rest = []
+    if "_constants" in model: rest.append(f"model.hold({{{_constants(model)}}})")
+    if aliases := vars(model).get("_aliases"): rest.append(f"model.alias({aliases!r})")
     text = _HEAD.format(kind=script["kinds"][""]) + "\n" + "\n".join(texts)
     return text + _FOOT.format(tree=tree, training=model.training,
                                rest="".join(f"{line}\n    " for line in rest))
 
-# %% ../../nbs/26_source.ipynb #a4f41117
+# %% ../../nbs/26_source.ipynb #f6f7c357
 def _constants(model):
-    return ", ".join(f"{name!r}: {_stored_text(value)}" for name, value in model["_constants"].items())
+    pairs = model["_constants"].items()
+    return ", ".join(f"{name!r}: {_stored_text(value)}" for name, value in pairs)
 
 # %% ../../nbs/26_source.ipynb #27c3889b
 def _flat(script):
