@@ -15,6 +15,7 @@ import importlib
 import inspect
 import io
 import json
+import functools
 import os
 import re
 import sys
@@ -272,6 +273,12 @@ alone("others", "arithmetic.output_padding_for", output_size=(16, 16), input_siz
       stride=2, padding=1, dilation=1)
 alone("others", "arithmetic.same_padding", kernel_size=(3, 4), dilation=2)
 alone("others", "arithmetic.is_channels_last", data_format="channels_last")
+@functools.cache
+def _exported():
+    "A network made of its exported program, once."
+    return flashconv.convert_model(torch.nn.Conv1d(2, 4, 3), (torch.zeros(1, 2, 8),))
+
+
 alone("others", "dilation.insert_zeros", x=lambda: mx.ones((2, 3)), steps={1: 2})
 alone("others", "dilation.coverage", kernel_sizes=[3, 3], dilations=[1, 2])
 alone("others", "blas.gflops", n=8)
@@ -287,6 +294,7 @@ if torch:
     for name in ("convert_model", "conversion_report"):
         alone("others", name, model=lambda: torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3)),
               data_format="channels_last", modules=None)
+    alone("others", "source", model=lambda: _exported())
 alone("others", "from_mlx", layer=lambda: mlx.nn.Conv1d(2, 4, 3))
 alone("others", "to_mlx", layer=_conv1d)
 alone("others", "load_torch_state", model=_conv1d, source=lambda: dict(_conv1d().state_dict()))

@@ -330,8 +330,10 @@ def _unexplained(value):
         source = inspect.getsource(value)
         return [name for name in value._fields if not re.search(rf"^ +{name}:.*  # ", source, re.M)]
     if isinstance(value, type) and not inspect.isfunction(value.__init__): return []
-    explained = docments(inspect.unwrap(value))
-    return [name for name in inspect.signature(value).parameters if not explained.get(name)]
+    explained, source = docments(inspect.unwrap(value)), inspect.getsource(
+        value.__init__ if isinstance(value, type) else value)
+    return [name for name in inspect.signature(value).parameters if not explained.get(name)
+            and not re.search(rf"^ +\*\*{name}:.*  # ", source, re.M)]  # docments lose these
 
 
 CHECKS = (titles, sidebar, links, pictures, outputs, machine, code, leads, names)

@@ -709,11 +709,8 @@ def convert_model(
     ours, report = _walked(model, data_format, modules)
     if refused := [str(row) for row in report if row.reasons]:
         raise ValueError(f"{len(refused)} of {len(report)} layers can't be converted:\n\t"
-                         + "\n\t".join(refused) + _HINT)
+                         + "\n\t".join(refused))
     return ours
-
-_HINT = ("\nWith an example of its input, convert_model(model, (x,)) exports the network's "
-         "program, which may be any code.")
 
 # %% ../../nbs/13_models.ipynb #c67626df
 def conversion_report(
