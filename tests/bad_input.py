@@ -11,11 +11,11 @@ that names the argument. It takes less than `SECONDS` and `BYTES`, and leaves a 
 import collections
 import contextlib
 import faulthandler
+import functools
 import importlib
 import inspect
 import io
 import json
-import functools
 import os
 import re
 import sys

@@ -12,7 +12,7 @@ import torch
 import flashconv
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 ZOO = {}  # name -> function that makes (network, positional example, example by name)
 
@@ -75,7 +75,7 @@ ZOO |= {
                                num_attention_heads=[1, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8],
                                drop_path_rate=0),
     "cvt": from_transformers("CvtModel", PIXELS, embed_dim=[8, 16, 16], num_heads=[1, 2, 2],
-                             depth=[1, 1, 1], drop_path_rate=[0.0, 0.0, 0.0]),
+                             depth=[1, 2, 3], drop_path_rate=[0.0, 0.0, 0.0]),
     "segformer": from_transformers(
         "SegformerForSemanticSegmentation", LARGER, num_encoder_blocks=2, depths=[1, 1],
         sr_ratios=[4, 2], hidden_sizes=[8, 16], patch_sizes=[7, 3], strides=[4, 2],
@@ -175,8 +175,6 @@ ZOO |= {
         block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8, norm_num_groups=2,
         attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
-    "unet1d": diffusers("UNet1DModel", (2, 2, 64), TIME, sample_size=64, in_channels=2,
-                        out_channels=2, block_out_channels=(32, 32, 64), extra_in_channels=16),
     "unet3d": diffusers("UNet3DConditionModel", (1, 4, 2, 8, 8), lambda: torch.tensor([3]),
                         (1, 5, 8), sample_size=8, block_out_channels=(8, 16), layers_per_block=1,
                         norm_num_groups=2, cross_attention_dim=8, attention_head_dim=4,
