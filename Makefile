@@ -1,4 +1,4 @@
-# make demo | make lab | make test | make fuzz | make sanitize | make limits | make environments | make mutants
+# make demo | make lab | make test | make zoo | make fuzz | make sanitize | make limits | make environments | make mutants
 # make bench | make bench-models | make bench-steps | make survey | make export | make readme | make clean
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo lab test fuzz sanitize limits environments mutants bench bench-models bench-steps survey export readme clean
+.PHONY: demo lab test zoo fuzz sanitize limits environments mutants bench bench-models bench-steps survey export readme clean
 
 demo: $(VENV)/demo-installed
 	-$(BIN)/python -m flashconv build
@@ -23,6 +23,11 @@ lab: $(VENV)/lab-installed
 test: $(VENV)/test-installed
 	-$(BIN)/python -m flashconv build
 	$(BIN)/python -m pytest -q -n auto $(TESTS)
+
+# A quarter of an hour: networks of three libraries in PyTorch and here, as a table.
+# ZOO="unet swin": those whose names hold one of the words.
+zoo: $(VENV)/test-installed
+	$(BIN)/python tests/zoo.py $(ZOO)
 
 # Up to 3 GB and some minutes: what a size, a length or a number of calls may cost.
 limits: $(VENV)/test-installed
@@ -94,7 +99,7 @@ $(VENV)/demo-installed: $(METADATA) | $(BIN)/python
 # PyTorch on its own first: the tests judge by this version, whatever newer one there is.
 $(VENV)/test-installed: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[cpu,dev,torch]"
+	$(BIN)/python -m pip install -q -e ".[cpu,dev,torch,zoo]"
 	touch $@
 
 $(VENV)/lab-installed: $(METADATA) $(VENV)/test-installed

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-extras = ("cpu", "cuda12", "cuda13", "openblas", "mkl", "torch", "lab", "dev")
+extras = ("cpu", "cuda12", "cuda13", "openblas", "mkl", "torch", "zoo", "lab", "dev")
 
 setup(
     name=settings["lib_name"],

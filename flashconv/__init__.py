@@ -11,7 +11,7 @@ from flashconv.base import _ConvNd
 from flashconv.conv import Conv1d, Conv2d, Conv3d
 from flashconv.convert import (
     conversion_report, convert_model, downgrade, from_mlx, from_torch, load_mlx_weights,
-    load_torch_state, save_torch_state, to_mlx, to_torch, to_torch_state, upgrade)
+    load_torch_state, save_torch_state, source, to_mlx, to_torch, to_torch_state, upgrade)
 from flashconv.folding import fold_batch_norm, folding_report
 from flashconv.lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
@@ -36,8 +36,8 @@ __all__ = [
     "ConvTranspose2d", "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d",
     "LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize",
     "from_torch", "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state",
-    "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "upgrade", "downgrade", "algorithm",
-    "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations", "weight_norm",
-    "remove_weight_norm", "spectral_norm", "remove_spectral_norm", "fold_weight_norm", "fold_batch_norm",
-    "folding_report", "Unfold", "Fold", "_ConvNd",
-    "_ConvTransposeNd"]
+    "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "source",
+    "upgrade", "downgrade", "algorithm", "allow_fft", "allow_fft_everywhere", "explain", "tune",
+    "plain_operations", "weight_norm", "remove_weight_norm", "spectral_norm",
+    "remove_spectral_norm", "fold_weight_norm", "fold_batch_norm", "folding_report", "Unfold",
+    "Fold", "_ConvNd", "_ConvTransposeNd"]

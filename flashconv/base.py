@@ -216,12 +216,24 @@ def _places(holder, prefix="", layer=None):
     if isinstance(holder, nn.Module): layer = holder
     unnamed = _unnamed(layer)
     left_out = vars(layer).get("_non_persistent", ())
+    renamed = vars(layer).get("_torch_names", {}) if holder is layer else {}
     pairs = enumerate(holder) if isinstance(holder, list) else dict.items(holder)
     for key, value in pairs:
         if holder is layer and (key.startswith("_") or key in left_out): continue
-        name = prefix if holder is layer and key == unnamed else f"{prefix}{key}."
+        is_unnamed = holder is layer and key == unnamed or renamed.get(key) == ""
+        name = prefix if is_unnamed else f"{prefix}{renamed.get(key, key)}."
         if isinstance(value, mx.array): yield name[:-1], _Place(holder, key, layer)
         elif isinstance(value, (dict, list)): yield from _places(value, name, layer)
+    if holder is layer: yield from _aliases(layer, prefix)
+
+def _aliases(layer, prefix):
+    "The arrays that PyTorch's module has under another name as well."
+    for name, path in vars(layer).get("_aliases", {}).items():
+        holder = owner = layer
+        for key in path[:-1]:
+            holder = holder[key]
+            if isinstance(holder, nn.Module): owner = holder
+        yield prefix + name, _Place(holder, path[-1], owner)
 
 # %% ../nbs/04_base.ipynb #ecd841d9
 def _state_places(model):

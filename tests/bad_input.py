@@ -11,6 +11,7 @@ that names the argument. It takes less than `SECONDS` and `BYTES`, and leaves a 
 import collections
 import contextlib
 import faulthandler
+import functools
 import importlib
 import inspect
 import io
@@ -274,6 +275,12 @@ alone("others", "arithmetic.same_padding", kernel_size=(3, 4), dilation=2)
 alone("others", "arithmetic.same_upper_padding", input_size=(8, 9), kernel_size=3, stride=2,
       dilation=1)
 alone("others", "arithmetic.is_channels_last", data_format="channels_last")
+@functools.cache
+def _exported():
+    "A network made of its exported program, once."
+    return flashconv.convert_model(torch.nn.Conv1d(2, 4, 3), (torch.zeros(1, 2, 8),))
+
+
 alone("others", "dilation.insert_zeros", x=lambda: mx.ones((2, 3)), steps={1: 2})
 alone("others", "dilation.coverage", kernel_sizes=[3, 3], dilations=[1, 2])
 alone("others", "blas.gflops", n=8)
@@ -289,6 +296,7 @@ if torch:
     for name in ("convert_model", "conversion_report"):
         alone("others", name, model=lambda: torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3)),
               data_format="channels_last", modules=None)
+    alone("others", "source", model=lambda: _exported())
 alone("others", "from_mlx", layer=lambda: mlx.nn.Conv1d(2, 4, 3))
 alone("others", "to_mlx", layer=_conv1d)
 alone("others", "load_torch_state", model=_conv1d, source=lambda: dict(_conv1d().state_dict()))

@@ -370,8 +370,14 @@ def _unexplained(value):
         source = inspect.getsource(value)
         return [name for name in value._fields if not re.search(rf"^ +{name}:.*  # ", source, re.M)]
     if isinstance(value, type) and not inspect.isfunction(value.__init__): return []
-    explained = docments(inspect.unwrap(value))
-    return [name for name in inspect.signature(value).parameters if not explained.get(name)]
+    explained, parameters = docments(inspect.unwrap(value)), inspect.signature(value).parameters
+    missing = [name for name in parameters if not explained.get(name)]
+    rest = [name for name in missing if parameters[name].kind == inspect.Parameter.VAR_KEYWORD]
+    if rest:  # whose comments docments does not read
+        source = inspect.getsource(value.__init__ if isinstance(value, type) else value)
+        rest = [name for name in rest if re.search(rf"^ +\*\*{name}\b.*  # ", source, re.M)]
+    return [name for name in missing if name not in rest]
+
 
 
 CHECKS = (titles, openings, paragraphs, nested_links, sidebar, links, pictures, outputs, machine, code, leads, names)

@@ -3,9 +3,11 @@
 from flashconv.convert.layers import from_mlx, from_torch, to_mlx, to_torch
 from flashconv.convert.mlx_weights import load_mlx_weights
 from flashconv.convert.models import conversion_report, convert_model
+from flashconv.convert.source import source
 from flashconv.convert.state import load_torch_state, save_torch_state, to_torch_state
 from flashconv.convert.swap import downgrade, upgrade
 
 __all__ = [
     "from_torch", "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state",
-    "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "upgrade", "downgrade"]
+    "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "source",
+    "upgrade", "downgrade"]

@@ -9,6 +9,7 @@ __all__ = ['BatchNorm', 'Flatten', 'Unflatten', 'PixelShuffle', 'AdaptivePool', 
 # %% ../../nbs/13_models.ipynb #9893bfa4
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import mlx.core as mx
@@ -675,24 +676,60 @@ def _walked(model, data_format, modules):
     ours = walk.convert(model, "")
     return ours, walk.finish()
 
+# %% ../../nbs/13_models.ipynb #5e0a7c32
+def _is_program(model, args):
+    "Whether there is a program: an example to export one with, or one that is exported."
+    torch = sys.modules.get("torch")
+    if args is not None: return True
+    if isinstance(model, (str, Path)): return Path(model).suffix == ".pt2"
+    return torch is not None and isinstance(model, torch.export.ExportedProgram)
+
+def _from_program(model, args, kwargs, data_format, modules, operations, dynamic_shapes,
+                  is_report=False):
+    "The network or the report of an exported program."
+    # Not at the top: programs are made of the layers on this page.
+    from flashconv.convert.programs import from_program, program_report
+    if is_channels_last(data_format):
+        raise ValueError(f"data_format={data_format!r} takes no example: an exported program has "
+                         "PyTorch's axes, which are channels first")
+    make = program_report if is_report else from_program
+    return make(model, args, kwargs, dynamic_shapes, operations, modules)
+
+def _without_example(kwargs, operations, dynamic_shapes):
+    "Refuse what only an exported program can use."
+    for name, value in (("kwargs", kwargs), ("operations", operations),
+                        ("dynamic_shapes", dynamic_shapes)):
+        if value is not None:
+            raise TypeError(f"{name} needs args, an example of what the network is called with")
+
 # %% ../../nbs/13_models.ipynb #fb063245
 def convert_model(
-    model,  # torch.nn.Module
+    model,  # torch.nn.Module; with args also an ExportedProgram or the name of a .pt2 file
+    args: tuple | None = None,  # an example of what the network is called with, as torch.Tensors
+    kwargs: dict | None = None,  # the same by name
     *,
     data_format: str = "channels_first",  # of the result's input: 'channels_last' is faster
     modules: dict | None = None,  # class with a forward of its own -> mlx.nn.Module with __call__
+    operations: dict | None = None,  # name of an operation -> function on MLX arrays
+    dynamic_shapes=None,  # which sizes may vary, as in `torch.export.export`
     fold: bool = False,  # whether convolutions take in the BatchNorms behind them, and other norms
 ) -> nn.Module:  # the same network, of our layers and mlx.nn's
     """PyTorch's network as one of MLX, with a copy of parameters, buffers and plain attributes.
 
-    What PyTorch's state holds, `to_torch_state` gives for the result, and nothing else. Dtypes,
-    modes and what is frozen stay, and so does `model`. Channels last, inputs and outputs are
-    `(N, *spatial, C)`. An object of a class in `modules` is made without its constructor. It draws
-    from `mx.random`. With `fold`, `fold_weight_norm` and `fold_batch_norm` work on the
-    result. Raises `ValueError` that lists all layers that can't be converted and why, `TypeError`
-    for what is no module.
+    With an example, the network's program is exported, so its `forward` may be any code; without,
+    it is converted layer by layer. What PyTorch's state holds, `to_torch_state` gives for the
+    result, and nothing else. Dtypes, modes and what is frozen stay, and so does `model`. Channels
+    last, which takes no example, inputs and outputs are `(N, *spatial, C)`. An object of a class in
+    `modules` is made without its constructor. It draws from `mx.random`. With `fold`, which takes
+    no example, `fold_weight_norm` and `fold_batch_norm` work on the result. Raises `ValueError`
+    that lists all layers or operations that can't be converted and why, `TypeError` for what is
+    no module, `RuntimeError` for a file that can't be read.
     """
     if not isinstance(fold, bool): raise TypeError(f"fold must be a bool, but got {fold!r}")
+    if _is_program(model, args):
+        if fold: raise ValueError("fold=True takes no example: fold what is converted by layers")
+        return _from_program(model, args, kwargs, data_format, modules, operations, dynamic_shapes)
+    _without_example(kwargs, operations, dynamic_shapes)
     ours, report = _walked(model, data_format, modules)
     if refused := [str(row) for row in report if row.reasons]:
         raise ValueError(f"{len(refused)} of {len(report)} layers can't be converted:\n\t"
@@ -701,13 +738,21 @@ def convert_model(
 
 # %% ../../nbs/13_models.ipynb #c67626df
 def conversion_report(
-    model,  # torch.nn.Module
+    model,  # torch.nn.Module; with args also an ExportedProgram or the name of a .pt2 file
+    args: tuple | None = None,  # an example of what the network is called with, as torch.Tensors
+    kwargs: dict | None = None,  # the same by name
     *,
     data_format: str = "channels_first",  # of the result's input, or 'channels_last'
     modules: dict | None = None,  # class with a forward of its own -> mlx.nn.Module
-) -> ConversionReport:  # a row per layer; it prints as a table
-    """What `convert_model` with these arguments makes of each layer, or why it can't.
+    operations: dict | None = None,  # name of an operation -> function on MLX arrays
+    dynamic_shapes=None,  # which sizes may vary, as in `torch.export.export`
+):  # a ConversionReport, a row per layer; with an example a ProgramReport, a row per operation
+    """What `convert_model` with these arguments makes of each layer or operation, or why it can't.
 
     Raises `TypeError` for what is no module.
     """
+    if _is_program(model, args):
+        return _from_program(model, args, kwargs, data_format, modules, operations, dynamic_shapes,
+                             is_report=True)
+    _without_example(kwargs, operations, dynamic_shapes)
     return _walked(model, data_format, modules)[1]
