@@ -2,9 +2,13 @@
 
 from flashconv.distributed.group import (
     after, agree, as_group, check_same, in_order, launch, total)
+from flashconv.distributed.shards import (
+    AllToShardedConv, ShardedToAllConv, shard_conv, shard_inplace)
 from flashconv.distributed.slabs import (
     SplitConv, exchange_halo, halo_bytes, join_slabs, slab_sizes, split_slabs)
+from flashconv.convert.models import SyncBatchNorm  # last: it needs the group
 
 __all__ = [
-    "SplitConv", "exchange_halo", "halo_bytes", "join_slabs", "slab_sizes", "split_slabs", "after",
-    "agree", "as_group", "check_same", "in_order", "launch", "total"]
+    "AllToShardedConv", "ShardedToAllConv", "SplitConv", "SyncBatchNorm", "after", "agree",
+    "as_group", "check_same", "exchange_halo", "halo_bytes", "in_order", "join_slabs", "launch",
+    "shard_conv", "shard_inplace", "slab_sizes", "split_slabs", "total"]

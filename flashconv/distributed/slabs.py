@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['slab_sizes', 'split_slabs', 'join_slabs', 'exchange_halo', 'SplitConv', 'halo_bytes']
 
-# %% ../../nbs/28_slabs.ipynb #20470db0
+# %% ../../nbs/28_slabs.ipynb #c8588a70
 from itertools import accumulate
 from math import prod
 from operator import sub
@@ -19,6 +19,7 @@ from ..arithmetic import (
     as_int, as_ints, effective_kernel_size, is_channels_last, is_one_of, transposed_output_size)
 from ..base import _PADDING_MODES, _UNNAMED, _ConvNd, _listed
 from .group import Grouped, agree, as_group, check_same, in_order
+from ..lazy import _Lazy
 from ..padding import check_array, pad_axes
 
 # %% ../../nbs/28_slabs.ipynb #eeca329f
@@ -214,12 +215,14 @@ def _wish(x, axis, before, after, padding_mode):
     facts = _facts("exchange_halo", x, axis)
     return facts | {"before": before, "after": after, "padding_mode": padding_mode}
 
-# %% ../../nbs/28_slabs.ipynb #af9104b4
+# %% ../../nbs/28_slabs.ipynb #dccb79a2
 class _Parts(NamedTuple):
     "Where the values that a process wants come from, along one axis."
     reach: _Reach  # from the neighbours
     padding: tuple  # made by the process: (before, after)
-    cut: tuple  # of its own slab, unused: (before, after)
+    cut: tuple  # of all that, not wanted: (before, after)
+
+_PAD_MODES = dict(zip(_PADDING_MODES, ("constant", *_PADDING_MODES[1:])))  # as `pad` calls them
 
 def _parts(sizes, wanted, padding_mode):
     "Of each process. ValueError where something lies further away than next door."
@@ -260,16 +263,15 @@ def _check_end(rank, sizes, part, padding_mode):
         raise ValueError(f"padding_mode={padding_mode!r} of {max(part.padding)} values needs "
                          f"a slab of more, but process {rank} has {held}; take fewer processes")
 
-# %% ../../nbs/28_slabs.ipynb #ea5874e9
+# %% ../../nbs/28_slabs.ipynb #0c67f2b2
 def _with_halo(x, axis, sizes, wanted, padding_mode, group):
     "What this process wants: (low, high) in positions of the whole, for each process."
     parts = _parts(sizes, wanted, padding_mode)
     mine, flows = parts[group.rank()], _flows([part.reach for part in parts], group.rank())
     if any(flow.gives or flow.takes for flow in flows):
         x = _exchange(_spread, axis, flows, group)(x)
-    if any(mine.cut): x = _part(x, axis, mine.cut[0], x.shape[axis] - mine.cut[1])
-    mode = "constant" if padding_mode == "zeros" else padding_mode
-    return pad_axes(x, {axis: mine.padding}, mode) if any(mine.padding) else x
+    if any(mine.padding): x = pad_axes(x, {axis: mine.padding}, _PAD_MODES[padding_mode])
+    return _part(x, axis, mine.cut[0], x.shape[axis] - mine.cut[1]) if any(mine.cut) else x
 
 # %% ../../nbs/28_slabs.ipynb #597064d9
 class _Along(NamedTuple):
@@ -313,18 +315,19 @@ def inputs(self: _Along, first, stop):
     high = min(high, self.length)
     return max(min(low, high - 1), 0), high
 
-# %% ../../nbs/28_slabs.ipynb #51a06e4b
-def _like(layer, **changes):
-    "A layer with the same arrays and other attributes."
-    other = type(layer).__new__(type(layer))
-    vars(other).update(vars(layer))
+# %% ../../nbs/28_slabs.ipynb #18aab872
+def _like(layer, cls=None, **changes):
+    "A layer with the same arrays, of another class or with other attributes."
+    cls = cls or type(layer)
+    other = cls.__new__(cls)
+    vars(other).update(vars(layer), _no_grad=set(layer._no_grad))  # a set that freezing changes
     dict.update(other, layer)
     for name, value in changes.items(): setattr(other, name, value)
     return other
 
-# %% ../../nbs/28_slabs.ipynb #b122f35d
+# %% ../../nbs/28_slabs.ipynb #f8a0ccef
 class SplitConv(Grouped, nn.Module):
-    """A convolution layer, of any kind, on slabs of its input. It gives the whole's output, in slabs.
+    """A convolution layer on slabs of its input: what it gives on the whole, in slabs.
 
     Parameters are the layer's own, with its names, and the same on all processes. Their gradients
     are those of this process's outputs: sum them over the group, as in data-parallel training.
@@ -339,8 +342,9 @@ class SplitConv(Grouped, nn.Module):
     ):
         super().__init__()
         n = getattr(layer, "num_spatial_dims", None)
-        if not isinstance(layer, _ConvNd) or n is None or not isinstance(layer.weight, mx.array):
-            raise ValueError(f"SplitConv takes flashconv's convolution layers, but got {layer!r}")
+        if not isinstance(layer, _ConvNd) or n is None or isinstance(layer, _Lazy):
+            raise ValueError("SplitConv takes convolution layers of flashconv's, no longer lazy, "
+                             f"but got {layer!r}")
         if isinstance(layer, Grouped): raise ValueError(f"the layer is sharded already: {layer!r}")
         self.layer, self.spatial_axis = layer, _axis(spatial_axis, n)
         self._join(group)
@@ -376,7 +380,7 @@ def __call__(
         y = plan.local(self.layer)(plan.pad_others(x))
         return _part(y, plan.axis, *plan.kept) if plan.kept else y
 
-# %% ../../nbs/28_slabs.ipynb #20ba928e
+# %% ../../nbs/28_slabs.ipynb #9dd45f38
 class _Plan(NamedTuple):
     "How one process computes its part of a layer's output."
     axis: int  # of the arrays, along which they are cut
@@ -390,8 +394,7 @@ class _Plan(NamedTuple):
     def local(self, layer): return _like(layer, **self.changes)
 
     def pad_others(self, x):
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return pad_axes(x, self.other_padding, mode) if self.other_padding else x
+        return pad_axes(x, self.other_padding, _PAD_MODES[self.padding_mode])
 
 # %% ../../nbs/28_slabs.ipynb #3ef280b7
 @patch
