@@ -107,9 +107,8 @@ def __call__(
         self.num_batches_tracked += 1
         self._follow("running_mean", mean)
         self._follow("running_var", var * count / mx.maximum(count - 1, 1))
-    y = (wide - mean) * mx.rsqrt(var + self.eps)
-    if "weight" in self: y = y * self.weight + self.bias
-    return y.astype(x.dtype)
+    y = ((wide - mean) * mx.rsqrt(var + self.eps)).astype(x.dtype)
+    return y * self.weight + self.bias if "weight" in self else y
 
 # %% ../../nbs/13_models.ipynb #7e2bd7bb
 @patch

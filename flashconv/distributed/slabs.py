@@ -152,31 +152,38 @@ def _collect(y, axis, flows, group):
     if from_left is not None: x = x + pad_axes(from_left, {axis: (0, n - left.gives)})
     return mx.depends(x, token)
 
-# %% ../../nbs/28_slabs.ipynb #40e219e9
+# %% ../../nbs/28_slabs.ipynb #caa38c16
 def _exchange(run, axis, flows, group):
     "`_spread` or `_collect` as a function that MLX differentiates by the other one."
     other = _collect if run is _spread else _spread
 
     @mx.custom_function
-    def exchange(x): return run(x, axis, flows, group)
+    def exchange(x): return run(_alone(x), axis, flows, group)
 
     @exchange.vjp
     def _(x, cotangent, output):
         return _exchange(other, axis, flows, group)(in_order(cotangent, output))
 
-    @exchange.jvp
-    def _(arrays, tangents): raise NotImplementedError(_NO_JVP)
-
-    @exchange.vmap
-    def _(x, batch):
-        return _exchange(run, axis + 1, flows, group)(mx.moveaxis(x, batch, 0)), 0
-
     return exchange
 
+# %% ../../nbs/28_slabs.ipynb #1812fc80
 _NO_JVP = ("slabs have no forward-mode derivatives: a value and its tangent would be sent in an "
            "order that differs between processes; use mx.vjp or mx.grad")
+_NO_VMAP = "slabs have no vmap: pass the batch as an axis of the array"
 
-# %% ../../nbs/28_slabs.ipynb #9761c7ec
+@mx.custom_function
+def _alone(x): return x
+
+@_alone.vjp
+def _alone_vjp(x, cotangent, output): return cotangent
+
+@_alone.jvp
+def _alone_jvp(x, tangent): raise NotImplementedError(_NO_JVP)
+
+@_alone.vmap
+def _alone_vmap(x, axis): raise NotImplementedError(_NO_VMAP)
+
+# %% ../../nbs/28_slabs.ipynb #e30aa735
 def exchange_halo(
     x: mx.array,  # this process's slab, of any shape
     axis: int,  # along which the whole is cut
@@ -197,6 +204,7 @@ def exchange_halo(
     sizes = [facts["size"] for facts in said]
     wishes = [_Reach(facts["before"], facts["after"]) for facts in said]
     axis, starts = said[0]["axis"], _starts(sizes)
+    for rank, wish in enumerate(wishes): _check_neighbours(rank, sizes, wish, padding_mode)
     wanted = [(starts[rank] - wish.before, starts[rank + 1] + wish.after)
               for rank, wish in enumerate(wishes)]
     return _with_halo(x, axis, sizes, wanted, padding_mode, as_group(group))
@@ -215,7 +223,7 @@ def _wish(x, axis, before, after, padding_mode):
     facts = _facts("exchange_halo", x, axis)
     return facts | {"before": before, "after": after, "padding_mode": padding_mode}
 
-# %% ../../nbs/28_slabs.ipynb #dccb79a2
+# %% ../../nbs/28_slabs.ipynb #9fb4de4a
 class _Parts(NamedTuple):
     "Where the values that a process wants come from, along one axis."
     reach: _Reach  # from the neighbours
@@ -230,7 +238,7 @@ def _parts(sizes, wanted, padding_mode):
     circular = padding_mode == "circular" and len(sizes) > 1
     parts = [_parts_of(rank, starts, *bounds, circular) for rank, bounds in enumerate(wanted)]
     for rank, part in enumerate(parts):
-        _check_neighbours(rank, sizes, part.reach)
+        _check_neighbours(rank, sizes, part.reach, padding_mode)
         if any(part.padding): _check_end(rank, sizes, part, padding_mode)
     return parts
 
@@ -244,9 +252,12 @@ def _parts_of(rank, starts, low, high, circular):
     return _Parts(_Reach(max(before, 0), max(after, 0)), padding,
                   (max(-before, 0), max(-after, 0)))
 
-# %% ../../nbs/28_slabs.ipynb #6fd03102
-def _check_neighbours(rank, sizes, reach):
+# %% ../../nbs/28_slabs.ipynb #ae00c52d
+def _check_neighbours(rank, sizes, reach, padding_mode):
     n = len(sizes)
+    if n == 1: return
+    if padding_mode != "circular":  # the ends have one neighbour
+        reach = _Reach(reach.before * (rank > 0), reach.after * (rank < n - 1))
     for wanted, other, side in ((reach.before, (rank - 1) % n, "before"),
                                 (reach.after, (rank + 1) % n, "after")):
         if wanted > sizes[other]:
