@@ -11,7 +11,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,7 +32,9 @@ def launch(
     Raises `RuntimeError` with all they have printed if one fails, and `TimeoutError` if one takes
     too long. No process is left then.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    from tempfile import TemporaryDirectory  # here: it loads a library that layers do without
+
+    with TemporaryDirectory() as folder:
         started = _started(Path(folder), program, processes, environment or {})
         try: codes = _codes(started, time.monotonic() + timeout)
         finally: _end(started)
