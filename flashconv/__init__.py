@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 import os
 
-from flashconv import blas, functional, init, kernels, memory, streaming
+from flashconv import blas, distributed, functional, init, kernels, memory, streaming
 from flashconv.algorithms.choice import algorithm, allow_fft, allow_fft_everywhere
 from flashconv.algorithms.explain import explain, tune
 from flashconv.base import _ConvNd
@@ -32,7 +32,8 @@ if _effects == "on":
     memory.raise_cache_limit()  # on CPUs too
 
 __all__ = [
-    "blas", "functional", "init", "kernels", "streaming", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d",
+    "blas", "distributed", "functional", "init", "kernels", "streaming", "Conv1d", "Conv2d",
+    "Conv3d", "ConvTranspose1d",
     "ConvTranspose2d", "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d",
     "LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize",
     "from_torch", "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state",

@@ -263,12 +263,14 @@ def _move(array, source, destination):
     return mx.moveaxis(array, source, destination, stream=on)
 
 def _to_place(array, place):
-    "An array in PyTorch's layout, in that of its place."
+    "An array in PyTorch's layout, in that of its place; of a layer in shards, this process's part."
+    if hasattr(place.layer, "_part_of"): return place.layer._part_of(place.key, array)
     axis = _moved(place)
     return array if axis is None else _move(array, axis, -1)
 
 def _from_place(place):
-    "The array in this place, in PyTorch's layout."
+    "The array in this place, in PyTorch's layout; of a layer in shards, the whole array."
+    if hasattr(place.layer, "_whole_of"): return place.layer._whole_of(place.key)
     axis = _moved(place)
     return place.array if axis is None else _move(place.array, -1, axis)
 
