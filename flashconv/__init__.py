@@ -16,11 +16,11 @@ from flashconv.folding import fold_batch_norm, folding_report
 from flashconv.lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
     LazyConvTranspose3d, materialize)
+from flashconv.parametrizations import (
+    fold_weight_norm, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm)
 from flashconv.plain import plain_operations
 from flashconv.transposed import (
     ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _ConvTransposeNd)
-from flashconv.parametrizations import (
-    fold_weight_norm, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm)
 from flashconv.unfold import Fold, Unfold
 
 # What the import does to the process; a library that has flashconv inside can set "off".
@@ -33,12 +33,11 @@ if _effects == "on":
 
 __all__ = [
     "blas", "distributed", "functional", "init", "kernels", "streaming", "Conv1d", "Conv2d",
-    "Conv3d", "ConvTranspose1d",
-    "ConvTranspose2d", "ConvTranspose3d", "LazyConv1d", "LazyConv2d", "LazyConv3d",
-    "LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d", "materialize",
-    "from_torch", "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state",
-    "save_torch_state", "to_torch_state", "convert_model", "conversion_report", "source",
-    "upgrade", "downgrade", "algorithm", "allow_fft", "allow_fft_everywhere", "explain", "tune",
-    "plain_operations", "weight_norm", "remove_weight_norm", "spectral_norm",
-    "remove_spectral_norm", "fold_weight_norm", "fold_batch_norm", "folding_report", "Unfold",
-    "Fold", "_ConvNd", "_ConvTransposeNd"]
+    "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "LazyConv1d", "LazyConv2d",
+    "LazyConv3d", "LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d",
+    "materialize", "Unfold", "Fold", "weight_norm", "remove_weight_norm", "fold_weight_norm",
+    "spectral_norm", "remove_spectral_norm", "fold_batch_norm", "folding_report", "from_torch",
+    "to_torch", "from_mlx", "to_mlx", "load_mlx_weights", "load_torch_state", "save_torch_state",
+    "to_torch_state", "convert_model", "conversion_report", "source", "upgrade", "downgrade",
+    "algorithm", "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations",
+    "_ConvNd", "_ConvTransposeNd"]

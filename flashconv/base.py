@@ -26,7 +26,7 @@ class _ConvNd(nn.Module):
 
     Attributes are read at each call, so a changed one takes effect. Weights have PyTorch's shape
     in both data formats. Raises `ValueError` and `TypeError` for arguments that no call could use.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html>
+    PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html>
     """
 
     def __init__(

@@ -83,22 +83,38 @@ def __call__(
 class Conv1d(_Conv):
     """A convolution over sequences, `(N, C, L)` or `(C, L)`, with PyTorch's arguments.
 
-    The weight is `(out_channels, in_channels/groups, k)`. `padding` may
-    be 'same' or 'valid', pairs, 'causal', 'same_upper' or 'same_lower'.
-    Raises `ValueError` and `TypeError` for arguments that no call could use.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv1d.html>
+        >>> Conv1d(16, 33, 3, stride=2)(mx.ones((20, 16, 50))).shape
+        (20, 33, 24)
+
+    Along each axis i becomes
+    floor((i + 2 * padding - dilation * (kernel_size - 1) - 1) / stride) + 1.
+    Two values on each side make of 1234, by `padding_mode`: 00123400 (zeros), 32123432 (reflect),
+    11123444 (replicate), 34123412 (circular).
+    `padding` may also be pairs, (before, after) per axis, 'same', 'valid', 'causal',
+    'same_upper' or 'same_lower'.
+    The weight is `(out_channels, in_channels/groups, k)`. Raises `ValueError` and
+    `TypeError` for arguments that no call could use.
+    PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv1d.html>
     """
 
     num_spatial_dims = 1
 
 # %% ../nbs/05_conv.ipynb #7de655ef
 class Conv2d(_Conv):
-    """A convolution over pictures, `(N, C, H, W)` or `(C, H, W)`, with PyTorch's arguments.
+    """A convolution over images, `(N, C, H, W)` or `(C, H, W)`, with PyTorch's arguments.
 
-    The weight is `(out_channels, in_channels/groups, kh, kw)`. `padding` may
-    be 'same' or 'valid', pairs, 'same_upper' or 'same_lower'.
-    Raises `ValueError` and `TypeError` for arguments that no call could use.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html>
+        >>> Conv2d(3, 8, 3, padding=1)(mx.ones((1, 3, 32, 32))).shape
+        (1, 8, 32, 32)
+
+    Along each axis i becomes
+    floor((i + 2 * padding - dilation * (kernel_size - 1) - 1) / stride) + 1.
+    Two values on each side make of 1234, by `padding_mode`: 00123400 (zeros), 32123432 (reflect),
+    11123444 (replicate), 34123412 (circular).
+    `padding` may also be pairs, (before, after) per axis, 'same', 'valid',
+    'same_upper' or 'same_lower'.
+    The weight is `(out_channels, in_channels/groups, kh, kw)`. Raises `ValueError` and
+    `TypeError` for arguments that no call could use.
+    PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html>
     """
 
     num_spatial_dims = 2
@@ -107,9 +123,18 @@ class Conv2d(_Conv):
 class Conv3d(_Conv):
     """A convolution over volumes, `(N, C, D, H, W)` or `(C, D, H, W)`, with PyTorch's arguments.
 
-    The weight is `(out_channels, in_channels/groups, kd, kh, kw)`. `padding` may be 'same' or
-    'valid'. Raises `ValueError` and `TypeError` for arguments that no call could use.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv3d.html>
+        >>> Conv3d(1, 4, 2, stride=2)(mx.ones((1, 1, 8, 8, 8))).shape
+        (1, 4, 4, 4, 4)
+
+    Along each axis i becomes
+    floor((i + 2 * padding - dilation * (kernel_size - 1) - 1) / stride) + 1.
+    Two values on each side make of 1234, by `padding_mode`: 00123400 (zeros), 32123432 (reflect),
+    11123444 (replicate), 34123412 (circular).
+    `padding` may also be pairs, (before, after) per axis, 'same', 'valid',
+    'same_upper' or 'same_lower'.
+    The weight is `(out_channels, in_channels/groups, kd, kh, kw)`. Raises `ValueError` and
+    `TypeError` for arguments that no call could use.
+    PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv3d.html>
     """
 
     num_spatial_dims = 3

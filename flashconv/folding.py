@@ -180,7 +180,7 @@ def fold_batch_norm(
     the same afterwards. `folding_report` says what stays and why. Raises `ValueError`, with the
     model as it was, for norms in training and where folding would change the outputs; `TypeError`
     for what is no module.
-    Source: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
     """
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be a bool, but got {inplace!r}")

@@ -110,7 +110,7 @@ All arrays have one dtype: floating point, complex64 or an integer. Beyond PyTor
 have pairs, ((before, after), ...), or be 'causal' or (not transposed) 'same_upper', 'same_lower'.
 Raises `RuntimeError` in PyTorch's words for shapes and numbers that don't fit, `TypeError` for
 anything but arrays, ints and pairs of them, `NotImplementedError` for other dtypes.
-Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.{name}.html>
+PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.{name}.html>
 """
 
 def _named(function, name, what):

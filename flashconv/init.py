@@ -82,7 +82,7 @@ def uniform(
 ) -> mx.array:  # of the same shape and dtype
     """Values from the uniform distribution on [a, b). Raises `RuntimeError` for no such range.
 
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.uniform_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.uniform_>
     """
     a, b = _number("a", a), _number("b", b)
     if a > b:
@@ -101,7 +101,7 @@ def normal(
 ) -> mx.array:  # of the same shape and dtype
     """Values from the normal distribution. Raises `RuntimeError` for a negative `std`.
 
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.normal_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.normal_>
     """
     mean, std = _number("mean", mean), _number("std", std)
     if std < 0: raise RuntimeError(f"normal expects std >= 0.0, but found std {std:g}")
@@ -120,7 +120,7 @@ def constant(
 
     Raises `RuntimeError` for a number that the dtype can't hold.
 
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.constant_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.constant_>
     """
     if not isinstance(val, Number):
         raise TypeError(f"constant(): argument 'val' must be a number, not {type(val).__name__}")
@@ -145,7 +145,7 @@ def zeros(
 ) -> mx.array:  # of the same shape and dtype
     """Zeros. Raises `TypeError` for anything but an array or a layer.
 
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.zeros_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.zeros_>
     """
     return mx.zeros(tensor.shape, tensor.dtype)
 
@@ -155,7 +155,7 @@ def ones(
 ) -> mx.array:  # of the same shape and dtype
     """Ones. Raises `TypeError` for anything but an array or a layer.
 
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.ones_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.ones_>
     """
     return mx.ones(tensor.shape, tensor.dtype)
 
@@ -203,7 +203,7 @@ def trunc_normal(
     Raises `RuntimeError` for a `std` that is not positive or bounds in the wrong order,
     `NotImplementedError` for complex numbers. Warns, as PyTorch does, where `mean` lies outside
     by more than two standard deviations.
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.trunc_normal_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.trunc_normal_>
     """
     mean, std = _number("mean", mean), _number("std", std)
     a, b = (bound if bound in (inf, -inf) else _number(name, bound)
@@ -238,7 +238,7 @@ def calculate_gain(
     """By how much the spread of weights before an activation is multiplied.
 
     Raises `ValueError` for an unknown activation, or a slope that is no number.
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.calculate_gain>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.calculate_gain>
     """
     if nonlinearity == "leaky_relu":
         slope = 0.01 if param is None else param
@@ -264,7 +264,7 @@ def xavier_uniform(
 ) -> mx.array:  # of the same shape and dtype
     """Uniform values with Glorot's spread. Raises `ValueError` for fewer than two dimensions.
 
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.xavier_uniform_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.xavier_uniform_>
     """
     bound = sqrt(3) * _xavier_std(tensor, gain)
     return uniform(tensor, -bound, bound, generator)
@@ -278,7 +278,7 @@ def xavier_normal(
 ) -> mx.array:  # of the same shape and dtype
     """Normal values with Glorot's spread. Raises `ValueError` for fewer than two dimensions.
 
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.xavier_normal_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.xavier_normal_>
     """
     return normal(tensor, 0.0, _xavier_std(tensor, gain), generator)
 
@@ -302,7 +302,7 @@ def kaiming_uniform(
 ) -> mx.array:  # of the same shape and dtype
     """Uniform values with He's spread. Raises `ValueError` for unknown modes and activations.
 
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.kaiming_uniform_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.kaiming_uniform_>
     """
     bound = sqrt(3) * _kaiming_std(tensor, a, mode, nonlinearity)
     return uniform(tensor, -bound, bound, generator)
@@ -318,7 +318,7 @@ def kaiming_normal(
 ) -> mx.array:  # of the same shape and dtype
     """Normal values with He's spread. Raises `ValueError` for unknown modes and activations.
 
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.kaiming_normal_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.kaiming_normal_>
     """
     return normal(tensor, 0.0, _kaiming_std(tensor, a, mode, nonlinearity), generator)
 
@@ -332,7 +332,7 @@ def orthogonal(
     """A random orthogonal matrix, the dimensions after the first taken as one.
 
     Raises `ValueError` for fewer than two dimensions, `NotImplementedError` for complex numbers.
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.orthogonal_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.orthogonal_>
     """
     if tensor.ndim < 2:
         raise ValueError("Only tensors with 2 or more dimensions are supported, but got shape "
@@ -358,7 +358,7 @@ def dirac(
     """The weight that passes on as many input channels as it can.
 
     Raises `ValueError` unless there are 3 to 5 dimensions and groups divide the first.
-    Source: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.dirac_>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.dirac_>
     """
     groups = as_int(groups, "groups")
     if tensor.ndim not in (3, 4, 5):

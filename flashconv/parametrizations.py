@@ -135,7 +135,7 @@ def weight_norm(
     They are `parametrizations.weight.original0` and `original1`, as in PyTorch, whose states go
     both ways. Raises `TypeError` for other modules, `IndexError` for an axis that the weight lacks,
     `ValueError` for a name that isn't there, a weight that is parametrized, and lazy layers.
-    Source: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
     """
     weight = _check(module, name, "weight_norm")
     norm = _WeightNorm(_axis(dim, weight.ndim))
@@ -206,7 +206,7 @@ def spectral_norm(
     Draws from `mx.random`. The state has PyTorch's names, `parametrizations.weight.original` and
     `parametrizations.weight.0._u` and `_v`. Raises what `weight_norm` raises, and `ValueError` for
     less than one iteration and for a weight with one axis or of complex numbers.
-    Source: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
+    PyTorch: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
     """
     weight = _check(module, name, "spectral_norm")
     if as_int(n_power_iterations, "n_power_iterations") < 1:

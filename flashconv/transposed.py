@@ -23,7 +23,7 @@ class _ConvTransposeNd(_ConvNd):
     """What every transposed layer is: a base layer that pads with zeros only.
 
     Raises `ValueError` for other padding modes, and what the base layer raises.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose2d.html>
+    PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose2d.html>
     """
 
     def __init__(
@@ -155,22 +155,34 @@ def __call__(
 
 # %% ../nbs/06_transposed.ipynb #351dd7e6
 class ConvTranspose1d(_ConvTranspose):
-    """A transposed convolution over sequences, `(N, C, L)` or `(C, L)`, with PyTorch's arguments.
+    """A transposed convolution over sequences, `(N, C, L)` or `(C, L)`.
 
-    The weight is `(in_channels, out_channels/groups, k)`. Raises `ValueError` and `TypeError` for
-    arguments that no call could use.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose1d.html>
+        >>> ConvTranspose1d(16, 8, 4, stride=2, padding=1)(mx.ones((1, 16, 50))).shape
+        (1, 8, 100)
+
+    Along each axis i becomes
+    (i - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + output_padding + 1.
+    `padding` may also be a pair, (before, after), or 'causal'.
+    The weight is `(in_channels, out_channels/groups, k)`. Arguments are PyTorch's. Raises
+    `ValueError` and `TypeError` for arguments that no call could use.
+    PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose1d.html>
     """
 
     num_spatial_dims = 1
 
 # %% ../nbs/06_transposed.ipynb #5f73ee8e
 class ConvTranspose2d(_ConvTranspose):
-    """A transposed convolution over pictures, `(N, C, H, W)` or `(C, H, W)`.
+    """A transposed convolution over images, `(N, C, H, W)` or `(C, H, W)`.
 
-    The weight is `(in_channels, out_channels/groups, kh, kw)`. Arguments are PyTorch's.
-    Raises `ValueError` and `TypeError` for arguments that no call could use.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose2d.html>
+        >>> ConvTranspose2d(8, 3, 4, stride=2, padding=1)(mx.ones((1, 8, 16, 16))).shape
+        (1, 3, 32, 32)
+
+    Along each axis i becomes
+    (i - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + output_padding + 1.
+    `padding` may also be pairs, (before, after) per axis.
+    The weight is `(in_channels, out_channels/groups, kh, kw)`. Arguments are PyTorch's. Raises
+    `ValueError` and `TypeError` for arguments that no call could use.
+    PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose2d.html>
     """
 
     num_spatial_dims = 2
@@ -179,9 +191,15 @@ class ConvTranspose2d(_ConvTranspose):
 class ConvTranspose3d(_ConvTranspose):
     """A transposed convolution over volumes, `(N, C, D, H, W)` or `(C, D, H, W)`.
 
-    The weight is `(in_channels, out_channels/groups, kd, kh, kw)`. Arguments are PyTorch's.
-    Raises `ValueError` and `TypeError` for arguments that no call could use.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose3d.html>
+        >>> ConvTranspose3d(4, 1, 2, stride=2)(mx.ones((1, 4, 4, 4, 4))).shape
+        (1, 1, 8, 8, 8)
+
+    Along each axis i becomes
+    (i - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + output_padding + 1.
+    `padding` may also be pairs, (before, after) per axis.
+    The weight is `(in_channels, out_channels/groups, kd, kh, kw)`. Arguments are PyTorch's. Raises
+    `ValueError` and `TypeError` for arguments that no call could use.
+    PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose3d.html>
     """
 
     num_spatial_dims = 3

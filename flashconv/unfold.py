@@ -85,7 +85,7 @@ def unfold(
 
     Along a column channels are slowest, then the axes in order. Raises `RuntimeError` in PyTorch's
     words for sizes that don't fit, `TypeError` for anything but an array and ints.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.unfold.html>
+    PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.unfold.html>
     """
     last = is_channels_last(data_format)
     numbers = _numbers("unfold", kernel_size, dilation=dilation, padding=padding, stride=stride)
@@ -129,7 +129,7 @@ def fold(
 
     Raises `RuntimeError` in PyTorch's words for sizes that don't fit, `TypeError` for anything but
     an array and ints.
-    Source: <https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.fold.html>
+    PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.fold.html>
     """
     last = is_channels_last(data_format)
     numbers = _numbers("fold", kernel_size, output_size=output_size, dilation=dilation,
