@@ -183,7 +183,7 @@ def _alone_jvp(x, tangent): raise NotImplementedError(_NO_JVP)
 @_alone.vmap
 def _alone_vmap(x, axis): raise NotImplementedError(_NO_VMAP)
 
-# %% ../../nbs/28_slabs.ipynb #e30aa735
+# %% ../../nbs/28_slabs.ipynb #03879972
 def exchange_halo(
     x: mx.array,  # this process's slab, of any shape
     axis: int,  # along which the whole is cut
@@ -192,12 +192,12 @@ def exchange_halo(
     group: mx.distributed.Group | None = None,  # who has slabs, in the order of their ranks
     *,
     padding_mode: str = "zeros",  # at the ends: 'zeros', 'reflect', 'replicate' or 'circular'
-) -> mx.array:  # `x`, longer by `before` and `after`
+) -> mx.array:  # `x`, longer by both
     """A slab with what its neighbours hold next to it. Differentiable, except in forward mode.
 
     Processes first agree on shapes, so that `ValueError` is raised on all of them: for slabs
-    shorter than a halo, for shapes, dtypes, axes or modes that differ. Slabs, `before` and `after`
-    may have different lengths.
+    shorter than a halo, for shapes, dtypes, axes or modes that differ. Slabs and wishes may
+    differ.
     """
     said = agree(lambda: _wish(x, axis, before, after, padding_mode), group)
     check_same([{name: facts[name] for name in _COMMON} for facts in said])
