@@ -64,8 +64,8 @@ def _padded(self: _Conv, input):
     n = self.num_spatial_dims
     check_array("pad", "input", input)
     if is_plain(): check_fixed(self.padding, as_ints(self.stride, n, "stride"))
-    sizes = input.shape[1:-1] if self.data_format == "channels_last" else input.shape[-n:]
-    amounts = self._amounts(sizes[-n:])
+    last = self.data_format == "channels_last"
+    amounts = self._amounts(input.shape[-n - 1 : -1] if last else input.shape[-n:])
     return functional.pad(input, amounts, self.padding_mode, data_format=self.data_format)
 
 # %% ../nbs/05_conv.ipynb #0dcfb08b

@@ -352,6 +352,7 @@ alone("draw", "draw.output_sizes", layer_or_kernel_size=3, stride=2, padding=0, 
       outputs=(3, 4))
 alone("draw", "draw.feature_maps", layer_or_output=_conv1d(), x=lambda: mx.ones((2, 6)), most=4)
 alone("draw", "draw.kernels", layer=_conv1d, most=4)
+alone("draw", "draw.cells", blocks={"a": [1, 2]}, roles={"a": "tap"}, alt="two cells", caption="")
 alone("draw", "draw.figure", plot=lambda ax: ax.plot([1, 2]), width=3, height=2, alt="a line",
       caption="", rows=1, columns=1, numbers=None)
 

@@ -230,7 +230,7 @@ def test_what_changes_a_layer_is_refused():
     hooked, patched = T.ReLU(), T.Linear(1, 1)
     hooked.register_forward_hook(lambda layer, x, y: y + 1)
     patched.forward = lambda x: x
-    normed = torch.nn.utils.parametrizations.weight_norm(T.Linear(1, 1))
+    turned = torch.nn.utils.parametrizations.orthogonal(T.Linear(2, 2))
     whole = T.Sequential(T.ReLU())
     whole.register_forward_pre_hook(lambda layer, x: None)
     class Frozen(T.BatchNorm2d):
@@ -242,11 +242,19 @@ def test_what_changes_a_layer_is_refused():
         @property
         def weight(self): return self.raw / 2
     for theirs, reason in ((Halved(1, 1), "no equal"), (hooked, "has the hook"),
-                           (patched, "no equal"), (normed, "parametrized"), (whole, "hook"),
+                           (patched, "no equal"), (turned, "parametrized"), (whole, "hook"),
                            (Frozen(1), "replaces train"), (Standard(), "replaces weight")):
         with pytest.raises(ValueError, match=reason): flashconv.convert_model(theirs)
     class Named(T.Linear): pass
     assert type(flashconv.convert_model(Named(2, 3))) is nn.Linear
+
+
+@pytest.mark.parametrize("make", (lambda: T.Linear(3, 2), lambda: T.Conv1d(3, 2, 1)), ids=("Linear", "Conv1d"))
+def test_a_layer_with_a_norm_and_nothing_around_it(make):
+    theirs = torch.nn.utils.parametrizations.weight_norm(make())
+    ours, x = flashconv.convert_model(theirs), torch.randn(3, 3)
+    assert set(flashconv.to_torch_state(ours)) == set(theirs.state_dict())
+    np.testing.assert_allclose(np.array(ours(mx.array(x.numpy()))), theirs(x).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_shared_layers_and_tied_parameters():

@@ -316,3 +316,15 @@ def test_equal_pairs_are_an_amount():
     layer = fc.Conv1d(2, 2, 3, padding=((1, 1),), data_format="channels_last")
     x = mx.random.normal((1, 8, 2))
     assert mx.allclose(fc.to_mlx(layer)(x), layer(x), atol=1e-5).item()
+
+
+@pytest.mark.parametrize("mode", ("zeros", "reflect", "replicate", "circular"))
+@pytest.mark.parametrize("n", (1, 2, 3))
+def test_same_without_a_batch_channels_last(n, mode):
+    "The first axis is a spatial one there."
+    theirs = getattr(torch.nn, f"Conv{n}d")(2, 3, (2, 3, 2)[:n], padding="same", padding_mode=mode)
+    ours = getattr(fc, f"Conv{n}d")(2, 3, (2, 3, 2)[:n], padding="same", padding_mode=mode, data_format="channels_last")
+    ours.load_state_dict({name: mx.array(p.detach().numpy()) for name, p in theirs.named_parameters()})
+    x = torch.randn(2, *(6, 5, 4)[:n])
+    y = ours(mx.array(x.movedim(0, -1).contiguous().numpy()))
+    np.testing.assert_allclose(np.array(y), theirs(x).detach().movedim(0, -1).numpy(), rtol=1e-4, atol=1e-5)

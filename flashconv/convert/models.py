@@ -422,7 +422,7 @@ class _Walk:
     "One conversion: what was asked for, and what has been found."
 
     def __init__(self, torch, model, data_format, modules):
-        self.torch, self.data_format, self.modules = torch, data_format, modules
+        self.model, self.torch, self.data_format, self.modules = model, torch, data_format, modules
         self.last, self.rows, self.pending = is_channels_last(data_format), [], []
         self.made, self.memory, self.seen, self.flow = {}, _Memory(), None, "held"
         ids = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
@@ -451,7 +451,7 @@ def finish(self: _Walk):
                                         is_own)
     root = self.rows[0]
     if not any(row.reasons for row in self.rows):
-        try: root.reasons += _unlike(root.theirs, {*_state_places(root.ours)})
+        try: root.reasons += _unlike(self.model, {*_state_places(root.ours)})
         except RuntimeError as error: root.reasons.append(str(error))
     return ConversionReport(
         Converted(row.path, type(row.theirs).__name__, _class_name(row.ours, row.reasons),

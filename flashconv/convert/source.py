@@ -329,7 +329,7 @@ def network():
 # %% ../../nbs/26_source.ipynb #191f2622
 def source(
     model: ExportedNetwork,  # what convert_model made of a network and an example
-) -> str:  # a Python file whose `network()` makes the same, with zeros for what was learned
+) -> str:  # a Python file whose network() makes the same, with zeros for what was learned
     """The network as Python: a class per kind of module, and the tree with PyTorch's names.
 
     Raises `TypeError` for another model, and `ValueError` for one with operations or modules of the
