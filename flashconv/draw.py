@@ -710,9 +710,11 @@ def cells(
     """Blocks of numbers, one below the other, in the colours of the other pictures.
 
     Roles are "input", "output", "tap", "padding", "empty", and "chosen input" or "chosen output".
-    `ValueError` for other roles, for more than two axes, and for more cells than a picture holds.
+    `ValueError` for other roles, for more than two axes, and for more cells than a picture holds;
+    `TypeError` for other types.
     """
-    roles = roles or {}
+    for name, value in (("alt", alt), ("caption", caption)): _check_type(name, value, str)
+    roles = {} if roles is None else roles
     _check_blocks(blocks, roles)
     arrays = {name: np.atleast_2d(np.asarray(values, float)) for name, values in blocks.items()}
     sheet, edge, top = _Sheet(), _edge_of_blocks(arrays), 0
@@ -725,9 +727,15 @@ def cells(
 # %% ../nbs/09_draw.ipynb #7d20c9be
 _BETWEEN = 0.5  # two blocks, in cells
 
+def _check_type(name, value, kind):
+    if isinstance(value, kind): return
+    raise TypeError(f"{name} must be {kind.__name__}, but got {type(value).__name__}")
+
 def _check_blocks(blocks, roles):
     "Refuse what can't be drawn, by its name."
-    if not blocks: raise ValueError("there is no block to draw")
+    _check_type("blocks", blocks, dict)
+    _check_type("roles", roles, dict)
+    if not blocks: raise ValueError("blocks must have one to draw, but got {}")
     for name, values in blocks.items():
         shape = np.shape(values)
         if len(shape) not in (1, 2) or 0 in shape:
@@ -770,10 +778,9 @@ def figure(
 ) -> Picture:
     "What a function draws on matplotlib axes, in the house style. ValueError for a larger picture."
     if not callable(plot): raise TypeError(f"plot must be callable, but got {plot!r}")
-    for name, value, kind in (("width", width, Real), ("height", height, Real), ("alt", alt, str),
-                              ("caption", caption, str), ("numbers", numbers or {}, dict)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} must be {kind.__name__}, but got {type(value).__name__}")
+    for name, value in (("width", width), ("height", height)): _check_type(name, value, Real)
+    for name, value in (("alt", alt), ("caption", caption)): _check_type(name, value, str)
+    _check_type("numbers", numbers or {}, dict)
     if not 1 <= as_int(rows, "rows") * as_int(columns, "columns") <= 100 or rows < 1:
         raise ValueError(f"rows and columns must give 1 to 100 axes, but got {rows} x {columns}")
     if not (0 < width <= WIDTH and 0 < height <= HEIGHT):

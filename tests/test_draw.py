@@ -375,7 +375,7 @@ def test_kernels():
     (TypeError, "must be a layer of flashconv, but got int", lambda: draw.kernels(3)),
     (ValueError, "can be 'green'; roles are empty,", lambda: draw.cells({"a": [1]}, {"a": "green"}, alt="a")),
     (ValueError, "'a' has the shape", lambda: draw.cells({"a": []}, alt="a")),
-    (ValueError, "no block to draw", lambda: draw.cells({}, alt="a")),
+    (ValueError, "must have one to draw", lambda: draw.cells({}, alt="a")),
     (ValueError, "a role for 'b', but no such block", lambda: draw.cells({"a": [1]}, {"b": "tap"}, alt="a")),
     (ValueError, "alt must say", lambda: draw.figure(lambda ax: None, alt="")),
     (ValueError, "inches at most, but got 7 x 2",
