@@ -15,26 +15,24 @@ import flashconv as fc
 
 P = torch.nn.utils.parametrizations
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-KINDS = {
-    "weight": lambda layer: P.weight_norm(layer),
-    "weight, last axis": lambda layer: P.weight_norm(layer, dim=layer.weight.ndim - 1),
-    "weight, axis 1": lambda layer: P.weight_norm(layer, dim=1),
-    "weight, one length": lambda layer: P.weight_norm(layer, dim=None),
-    "weight, dim -1": lambda layer: P.weight_norm(layer, dim=-1),
-    "weight, dim -2": lambda layer: P.weight_norm(layer, dim=-2),
-    "spectral": lambda layer: P.spectral_norm(layer),
-    "spectral, 3 steps": lambda layer: P.spectral_norm(layer, n_power_iterations=3, eps=1e-4, dim=1),
-}
-OURS = {
-    "weight": lambda layer: fc.weight_norm(layer),
-    "weight, last axis": lambda layer: fc.weight_norm(layer, dim=layer.weight.ndim - 1),
-    "weight, axis 1": lambda layer: fc.weight_norm(layer, dim=1),
-    "weight, one length": lambda layer: fc.weight_norm(layer, dim=None),
-    "weight, dim -1": lambda layer: fc.weight_norm(layer, dim=-1),
-    "weight, dim -2": lambda layer: fc.weight_norm(layer, dim=-2),
-    "spectral": lambda layer: fc.spectral_norm(layer),
-    "spectral, 3 steps": lambda layer: fc.spectral_norm(layer, n_power_iterations=3, eps=1e-4, dim=1),
-}
+
+
+def kinds(library):
+    "Name -> a function that gives a layer a norm of PyTorch's, or of ours under the same name."
+    return {
+        "weight": lambda layer: library.weight_norm(layer),
+        "weight, last axis": lambda layer: library.weight_norm(layer, dim=layer.weight.ndim - 1),
+        "weight, axis 1": lambda layer: library.weight_norm(layer, dim=1),
+        "weight, one length": lambda layer: library.weight_norm(layer, dim=None),
+        "weight, dim -1": lambda layer: library.weight_norm(layer, dim=-1),
+        "weight, dim -2": lambda layer: library.weight_norm(layer, dim=-2),
+        "spectral": lambda layer: library.spectral_norm(layer),
+        "spectral, 3 steps": lambda layer: library.spectral_norm(layer, n_power_iterations=3,
+                                                                 eps=1e-4, dim=1),
+    }
+
+
+KINDS, OURS = kinds(P), kinds(fc)
 NAMES = [f"{kind}{n}d" for kind in ("Conv", "ConvTranspose") for n in (1, 2, 3)]
 
 
