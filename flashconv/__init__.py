@@ -11,7 +11,7 @@ from flashconv.base import _ConvNd
 from flashconv.conv import Conv1d, Conv2d, Conv3d
 from flashconv.convert import (
     conversion_report, convert_model, downgrade, from_mlx, from_torch, load_mlx_weights,
-    load_torch_state, save_torch_state, source, to_mlx, to_torch, to_torch_state, upgrade)
+    load_torch_state, save_torch_state, to_mlx, to_torch, to_torch_state, upgrade)
 from flashconv.folding import fold_batch_norm, folding_report
 from flashconv.lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
@@ -41,3 +41,9 @@ __all__ = [
     "to_torch_state", "convert_model", "conversion_report", "source", "upgrade", "downgrade",
     "algorithm", "allow_fft", "allow_fft_everywhere", "explain", "tune", "plain_operations",
     "_ConvNd", "_ConvTransposeNd"]
+
+
+def __getattr__(name):
+    "As `flashconv.convert` does: `source` is loaded when it is asked for."
+    if name != "source": raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return convert.source

@@ -32,9 +32,9 @@ def python(code, cwd=None, *, flags=(), **variables):
 # The import ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("module", ("matplotlib", "torch", "PIL", "nbdev", "IPython", "asyncio",
-                                    "flashconv.draw"))
+                                    "flashconv.draw", "flashconv.convert.operations"))
 def test_import_leaves_out(module):
-    "What drawing, judging and building need is not loaded with the layers."
+    "What drawing, judging, building and converting programs need is not loaded with the layers."
     assert python(f"import sys, flashconv; print({module!r} in sys.modules)") == "False\n"
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 from fastcore.basics import patch
 
-from .layers import _as_array, _name
+from .layers import _name
 from .network_operations import OPERATIONS
 from .operations import write
 

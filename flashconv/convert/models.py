@@ -10,7 +10,7 @@ __all__ = ['BatchNorm', 'SyncBatchNorm', 'Flatten', 'Unflatten', 'PixelShuffle',
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn

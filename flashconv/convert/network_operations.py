@@ -7,7 +7,7 @@ __all__ = ['OPERATIONS', 'dropout']
 
 # %% ../../nbs/27_network_operations.ipynb #73afd7fa
 import math
-from functools import partial, reduce
+from functools import reduce
 from itertools import product
 
 import mlx.core as mx
@@ -17,10 +17,10 @@ import numpy as np
 from .. import functional
 from ..arithmetic import as_ints
 from flashconv.convert.leaves import (
-    AlphaDropout, AvgPool, ChannelShuffle, Fold, MaxPool, PixelUnshuffle, Unfold, Upsample, _Window,
-    _views, _wide)
+    AlphaDropout, AvgPool, ChannelShuffle, Fold, MaxPool, PixelUnshuffle, Unfold, Upsample, _views,
+    _wide)
 from .models import AdaptivePool, PixelShuffle
-from .operations import OPERATIONS, _axes, _axis, _is_array, _norm, _operation
+from .operations import OPERATIONS, _axis, _is_array, _norm, _operation
 from .operations import _unfold as _windows
 
 # %% ../../nbs/27_network_operations.ipynb #910accd1

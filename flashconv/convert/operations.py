@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .leaves import _add, _bounded, _wide
+from .leaves import _bounded, _wide
 
 # %% ../../nbs/24_operations.ipynb #3403ccbb
 OPERATIONS = {}  # name -> function on MLX arrays
@@ -35,9 +35,6 @@ def _axes(dim, n):
     "Axes from 0 on; all of them where PyTorch has None or an empty list."
     if dim is None or isinstance(dim, (list, tuple)) and not dim: return tuple(range(n))
     return tuple(_axis(d, n) for d in (dim if isinstance(dim, (list, tuple)) else (dim,)))
-
-# %% ../../nbs/24_operations.ipynb #dcc5df5d
-def _dtype_or(dtype, default): return default if dtype is None else dtype
 
 # %% ../../nbs/24_operations.ipynb #e392883b
 @_operation("leaves")

@@ -317,7 +317,7 @@ import mlx.core as mx
 from flashconv import functional
 from flashconv.convert.operations import write
 from flashconv.convert.programs import Output, Part, ops
-from flashconv.convert.source import array, stored
+from flashconv.convert.network_source import array, stored
 '''
 _FOOT = '''
 def network():
