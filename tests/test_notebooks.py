@@ -31,13 +31,19 @@ SAME_BACKEND = sys.platform == "linux" and not (mx.metal.is_available() or mx.cu
 VERSION = re.compile(rb"Matplotlib (?:version ?|v)([\d.]+\d)")
 
 
-def run(nb, folder):
-    "The notebook after a run in `folder` on a clean kernel. Raises what a cell raises."
+def run(nb, folder, seed=1):
+    """The notebook after a run in `folder` on a clean kernel. Raises what a cell raises.
+
+    A kernel starts from a random state of its own. `seed` takes its place, another one than any
+    page's: what a page shows of numbers that it has not seeded differs here in every run.
+    """
     nb = copy.deepcopy(nb)
     for cell in nb.cells:
         if cell.cell_type == "code": cell.outputs = []
+    nb.cells.insert(0, nbformat.v4.new_code_cell(f"__import__('mlx.core').core.random.seed({seed})"))
     NotebookClient(nb, timeout=300, kernel_name="python3",
                    resources={"metadata": {"path": str(folder)}}).execute()
+    del nb.cells[0]
     return nb
 
 
