@@ -25,7 +25,7 @@ KINDS = ("conv", "conv_transpose", "Conv", "ConvTranspose", "LazyConv", "LazyCon
 FLOATS = ("float32", "float16", "bfloat16", "float64", "complex64")
 KERNEL_TYPES = ("float32", "float16", "bfloat16")
 INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
-ALGORITHMS = ("native", "matmul", "taps", "places", "fft", "overlap_add", "phases",
+ALGORITHMS = ("native", "matmul", "taps", "fft", "overlap_add", "phases",
               "spread", "volume")
 VIEWS = ("transposed", "sliced", "reversed", "broadcast")
 MODES = ("reflect", "replicate", "circular")

@@ -9,7 +9,7 @@ import torch
 
 import flashconv as fc
 import flashconv.functional as F
-from flashconv.algorithms import choice, derivatives, fft, overlap, places, tiles
+from flashconv.algorithms import choice, derivatives, fft, overlap, tiles, weights
 from fuzz import MODES
 
 DTYPES = {str(d).rpartition(".")[2]: d for d in (*oracle.EPS, *oracle.INTEGERS)}
@@ -279,7 +279,7 @@ def _tiles_of(size):
     with ExitStack() as stack:
         if size is not None:
             stack.enter_context(patch.object(tiles, "WHOLE", size))
-            for module in (tiles, places, fft, overlap):
+            for module in (tiles, fft, overlap, weights):
                 stack.enter_context(patch.object(module, "tile_bytes", lambda g: max(1, size // 4)))
         yield
 

@@ -150,7 +150,7 @@ def test_grouped_weights(backend, kernel, padding):
     "Depthwise: slices are views, and one array holds them all."
     x, w, g = geometry((32, 32, (28, 28), kernel, {"padding": padding}), 4, False, groups=32)
     counts, form = launched_for_weight(x, w, g)
-    assert form == "rows" and counts.kernels + counts.copies <= 12, counts
+    assert form == "patches" and counts.kernels + counts.copies <= 12, counts
 
 
 @pytest.mark.parametrize("groups", (1, 2))
@@ -226,7 +226,7 @@ def test_what_32_bits_do_not_count():
     for name in BACKENDS:
         with as_on(name):
             runs = fc.explain(lambda x: F.conv2d(one, mx.ones((1, 1, 3, 3)), stride=4096), (1,))
-        assert [run.algorithm for run in runs] == ["matmul", "overlap_add", "rows"]
+        assert [run.algorithm for run in runs] == ["matmul", "overlap_add", "patches"]
 
 
 def test_two_strides_in_one_process():

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from flashconv import kernels
-from flashconv.algorithms import choice, matmul, native, overlap, places, taps, tiles
+from flashconv.algorithms import choice, matmul, native, overlap, taps, tiles, weights
 from flashconv.algorithms.record import as_on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -44,9 +44,9 @@ def as_for_large_arrays():
     "What is chosen where the work of a step is all that counts, in parts of some kilobytes."
     with without_kernels(), ExitStack() as stack:
         stack.enter_context(patch.object(tiles, "WHOLE", 2**16))
-        for module in (tiles, places, overlap):
+        for module in (tiles, weights, overlap):
             stack.enter_context(patch.object(module, "tile_bytes", lambda g: 2**13))
-        for module in (matmul, native, places, taps):
+        for module in (matmul, native, taps):
             stack.enter_context(patch.object(module, "A_STEP", 0))
         choice._rule.cache_clear()
         try: yield
@@ -54,8 +54,8 @@ def as_for_large_arrays():
 
 
 IMPLEMENTATIONS = {"kernels": (nullcontext, inf),
-                   "without kernels": (without_kernels, overlap._MOST_AT_BORDERS),
-                   "as for large arrays": (as_for_large_arrays, overlap._MOST_AT_BORDERS),
+                   "without kernels": (without_kernels, inf),
+                   "as for large arrays": (as_for_large_arrays, inf),
                    "Metal's rule": (lambda: as_on("metal"), 0),
                    "CUDA's rule": (lambda: as_on("cuda"), 0)}
 

@@ -22,17 +22,16 @@ from .kernel import KERNEL, takes
 from .matmul import MATMUL
 from .native import NATIVE
 from .overlap import OVERLAP_ADD, PHASES
-from .places import PLACES
 from .record import Call, Case, backend, is_backend_given
 from .taps import TAPS
-from .weights import PATCHES, PRODUCT, ROWS, SWAPPED
+from .weights import PATCHES, PRODUCT, SWAPPED
 from ..arithmetic import Geometry, is_one_of
 
 # %% ../../nbs/algorithms/choice.ipynb #2925c1fb
 ALGORITHMS = {each.name: each
-              for each in (KERNEL, NATIVE, MATMUL, TAPS, PLACES, FFT, OVERLAP_ADD, PHASES, SPREAD,
+              for each in (KERNEL, NATIVE, MATMUL, TAPS, FFT, OVERLAP_ADD, PHASES, SPREAD,
                            VOLUME)}
-FOR_WEIGHTS = {each.name: each for each in (PRODUCT, PATCHES, SWAPPED, ROWS)}
+FOR_WEIGHTS = {each.name: each for each in (PRODUCT, PATCHES, SWAPPED)}
 
 def possible(
     call: Call,  # what there is to run
@@ -62,7 +61,7 @@ _tuned = {}  # what `tuned_key` gives -> names, the fastest first, from `tune`
 
 @contextmanager
 def algorithm(
-    name: str,  # of `ALGORITHMS`: "native", "matmul", "taps", "places", "fft", "overlap_add", ...
+    name: str,  # of `ALGORITHMS`: "native", "matmul", "taps", "fft", "overlap_add", ...
 ):
     """Have every convolution in a `with` block run by one algorithm.
 
@@ -175,13 +174,9 @@ def kernels_turn(
     return found if found[0] == "kernel" else None
 
 # %% ../../nbs/algorithms/choice.ipynb #5e7d95b1
-def _is_for_patches(call):
-    return (call.g.channels_last and call.fast_blas and not call.may_fft
-            and call.can_be_counted)
-
 _ON_CPUS_FOR_WEIGHTS = (
-    Case("product", lambda call: call.g.channels_last, PRODUCT.why),
-    Case("patches", _is_for_patches, PATCHES.why),
+    Case("product", lambda call: call.g.channels_last or call.g.output_shape[0] == 1, PRODUCT.why),
+    Case("patches", lambda call: True, PATCHES.why),
 )
 
 def weight_key(

@@ -17,7 +17,6 @@ from flashconv.algorithms.choice import (
     watchers)
 from .kernel import kernel, kernel_weight_gradient
 from .native import as_convolution
-from .overlap import with_borders
 from .record import backend
 from .taps import added
 from .weights import rearranged, swapped_geometry
@@ -45,16 +44,24 @@ def _note(*run):
 def _composed(x, w, g, force):
     "A convolution made of MLX's operations, with rules of ours."
     if g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
-    given, without_stride = (x, w, g), g.transposed and max(g.stride) == 1
-    if without_stride: x, w, g = as_convolution(x, w, g)
-    name, why = choose(g, w.shape, x.dtype, force)
-    _note(name, why, x, w, g)
+    run = _at_stride_1(x, w, g) if g.transposed and max(g.stride) == 1 else (x, w, g)
+    name, why = choose(run[2], run[1].shape, x.dtype, force)
+    _note(name, why, *run)
     if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
     algorithm = ALGORITHMS[name].run
-    if not mx.issubdtype(x.dtype, mx.inexact): return algorithm(x, w, g)
-    if without_stride and name != "fft" and why != "forced":
-        (x, w, g), algorithm = given, with_borders(algorithm)
+    if not mx.issubdtype(x.dtype, mx.inexact): return algorithm(*run)
+    if run[2] is not g: algorithm = _of_padded(algorithm)
     return _with_rules(algorithm, g, fft_is_allowed())(x, w)
+
+def _at_stride_1(x, w, g):
+    "A transposed convolution as it is, or as one of a padded input where that is wanted."
+    plain = as_convolution(x, w, g)
+    if backend() != "cpu" or not mx.issubdtype(x.dtype, mx.inexact): return plain
+    name, why = choose(plain[2], plain[1].shape, x.dtype)
+    return plain if name == "fft" or why == "forced" else (x, w, g)
+
+@lru_cache
+def _of_padded(algorithm): return lambda x, w, g: algorithm(*as_convolution(x, w, g))
 
 # %% ../../nbs/algorithms/derivatives.ipynb #5db4db2d
 _MANY_TAPS = 256  # fewer don't take long where most of them meet padding
@@ -131,7 +138,8 @@ def weight_gradient(
     if kernels_turn(swapped, kernel_shape, x.dtype):
         return kernel_weight_gradient(x, cotangent, g, shape)
     found = choose_for_weight(g, shape, x.dtype)
-    if found is None: return _by_swapping(x, cotangent, g)
+    by_fft = fft_is_allowed() and choose(swapped, kernel_shape, x.dtype)[0] == "fft"
+    if found is None or by_fft: return _by_swapping(x, cotangent, g)
     _note(*found, x, mx.zeros(shape, x.dtype), g)
     return _with_rules_for_weights(FOR_WEIGHTS[found[0]].run, g, fft_is_allowed())(x, cotangent)
 
@@ -149,7 +157,7 @@ def _with_rules_for_weights(form, g, may_fft):
 
     @run.vjp
     def _(primals, w, output):
-        x, c = primals
+        x, c = map(mx.conj, primals) if output.dtype == mx.complex64 else primals
         with allow_fft(may_fft): return input_gradient(c, w, g, x.shape), convolve(x, w, g)
 
     @run.jvp

@@ -24,7 +24,7 @@ from .native import (
 from .overlap import OVERLAP_ADD, PHASES, overlap_add
 from .record import Algorithm, Call, Case, backend
 from .tiles import held_in_tiles
-from .weights import PATCHES, PRODUCT, ROWS, SWAPPED
+from .weights import PATCHES, PRODUCT, SWAPPED
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
@@ -111,7 +111,7 @@ def _has_few_phases(call):
 
 ON_GPUS = (
     Case("matmul", lambda call: call.is_pointwise, "a product with the input as it lies"),
-    Case("places", lambda call: call.n_places == call.g.groups == 1, "one output place"),
+    Case("matmul", lambda call: call.n_places == call.g.groups == 1, "one output place"),
     Case("spread", _is_spread, SPREAD.why),
     Case("phases", _has_few_phases, PHASES.why),
     Case("overlap_add", lambda call: call.is_inexact, OVERLAP_ADD.why),
@@ -124,8 +124,7 @@ ON_GPUS = (
 ON_GPUS_FOR_WEIGHTS = (
     Case("product", lambda call: True, PRODUCT.why),
     Case("swapped", lambda call: call.can_be_counted and call.backend == "cuda", SWAPPED.why),
-    Case("patches", lambda call: call.can_be_counted, PATCHES.why),
-    Case("rows", lambda call: True, ROWS.why),
+    Case("patches", lambda call: True, PATCHES.why),
 )
 
 # %% ../../nbs/algorithms/gpu.ipynb #576f6831

@@ -147,7 +147,7 @@ def _is_defined(call):
 
 # %% ../../nbs/algorithms/native.ipynb #3def8a28
 _COLUMN = 0.6  # copies that a value of its columns takes
-_REORDERED = 2  # copies that a value takes whose channels move
+_REORDERED = 0.4  # copies that a value of input and output takes whose channels move
 _LOOP, _ROW = 2, 16  # copies that a product takes in its loops, and a row of the kernel before
 _ACROSS_IN_NETLIB = 2  # times that Netlib's product takes with both matrices transposed
 _MOST_COLUMNS = 2**21  # values, for fewer places than taps: those are scattered over the input
@@ -158,14 +158,11 @@ def _cost(call):
     if g.groups > 1 or max(g.dilation) > 1:
         return call.products * (_LOOP + _ROW / g.kernel_size[-1])
     if call.n_places < call.n_taps and call.seen > _MOST_COLUMNS: return inf
-    copied = _COLUMN * call.seen if call.n_taps > 1 else 0
-    return products + copied + A_STEP + _REORDERED * _in_order(call)
+    weights = prod(call.weight_shape) if call.weight_shape[1] > 1 else 0  # in MLX's order
+    moved = 0 if g.channels_last else call.inputs + prod(g.output_shape)
+    copied = (_COLUMN * call.seen if call.n_taps > 1 else 0) + weights + _REORDERED * moved
+    return products + copied + A_STEP
 
 # %% ../../nbs/algorithms/native.ipynb #b55f191c
-def _in_order(call):
-    "Values of weight, input and output, of which MLX needs copies that have their channels last."
-    weights = prod(call.weight_shape) if call.weight_shape[1] > 1 else 0
-    return weights + (0 if call.g.channels_last else call.inputs + prod(call.g.output_shape))
-
 NATIVE = Algorithm("native", native, _is_defined, _cost, held_in_tiles(lambda call: call.seen),
                    "the fewest copies, in one operation")
