@@ -258,7 +258,7 @@ def test_the_command_runs_on_a_cpu(capsys, winners_file):
     _, weight, g = flashconv.gpu.geometry_of(layer, 1, True)
     with mx.stream(mx.cpu), as_on("metal"):
         kind = gpu.kind_of(choice.call_of(g, weight, mx.float32))
-        for name in ("matmul", "places"):
+        for name in ("matmul", "taps"):
             winners_file.write_text(json.dumps(kept | {kind: name}))
             gpu._winners.cache_clear()
             choice._rule.cache_clear()

@@ -7,35 +7,31 @@ __all__ = ['MATMUL', 'windows', 'window_bytes', 'matmul']
 
 # %% ../../nbs/algorithms/matmul.ipynb #320691cc
 from math import prod
-from operator import mul
 
 import mlx.core as mx
 
 from .record import A_STEP, Algorithm, backend
-from .taps import as_products_need, slices
-from .tiles import held_in_tiles, in_tiles
+from .taps import as_products_need
+from .tiles import (
+    by_taps, held_in_tiles, in_tiles, summed_in_turn, tile_bytes, whole_bytes)
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/matmul.ipynb #80a83f53
 def windows(
-    x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so, padded
+    x: mx.array,  # (N, C, *spatial), padded
     g: Geometry,  # of a convolution that is not transposed
-) -> mx.array:  # (N, groups, C/groups, *kernel_size, *out), in either layout
-    "What each tap meets at each place: a view, or a copy where most of the input is skipped."
-    image, *steps = (prod(x.shape[axis + 1 :]) for axis in range(x.ndim))
-    channel = steps.pop(g.channel_axis - 1)
-    inner = x.shape[g.channel_axis] // g.groups
-    shape = (len(x), g.groups, inner, *g.kernel_size, *g.out)
-    if prod(shape) < x.size: return _read_tap_by_tap(x, g).reshape(shape)
-    strides = (image, inner * channel, channel, *map(mul, steps, g.dilation),
-               *map(mul, steps, g.stride))
-    return mx.as_strided(mx.contiguous(x), shape, strides)
-
-def _read_tap_by_tap(x, g):
-    "(N, C, taps, *out)"
-    if g.channels_last: x = mx.moveaxis(x, -1, 1)
-    return mx.stack([x[where] for _, where in slices(g.kernel_size, g.dilation, g.out, g.stride)], 2)
+) -> mx.array:  # (groups, *kernel_size, C/groups, N, *out)
+    "What each tap meets at each place."
+    if prod(x.shape[2:]) <= prod(g.kernel_size) * prod(g.out): x = mx.contiguous(x)
+    x = mx.unflatten(x.swapaxes(0, 1), 0, (g.groups, -1))
+    axes = list(zip(g.kernel_size, g.dilation, g.out, g.stride))
+    for behind, (n_taps, distance, places, step) in enumerate(reversed(axes)):
+        reach, rest = (places - 1) * step + 1, (slice(None),) * behind
+        met = [x[(..., slice(first, first + reach, step), *rest)]
+               for first in range(0, n_taps * distance, distance)]
+        x = mx.stack(met, 1) if len(met) > 1 else mx.expand_dims(met[0], 1)
+    return x
 
 # %% ../../nbs/algorithms/matmul.ipynb #256ae777
 def window_bytes(
@@ -47,31 +43,15 @@ def window_bytes(
     return g.output_shape[0] * channels * prod(g.kernel_size) * prod(g.out) * itemsize
 
 # %% ../../nbs/algorithms/matmul.ipynb #8760ce04
-def _by_columns(x, w, g):
-    "Channels first: (groups, C/groups * taps, places), of one picture or of all."
-    seen, n, axes = windows(x, g), len(x), len(g.out)
-    w = w.reshape(g.groups, len(w) // g.groups, -1)
-    if n > 1 and w.size > seen.size // n:
-        seen = mx.moveaxis(seen, 0, 2 + axes).reshape(g.groups, w.shape[2], -1)
-        return mx.contiguous((w @ seen).reshape(-1, n, *g.out).swapaxes(0, 1))
-    return (w @ seen.reshape(n, g.groups, w.shape[2], -1)).reshape(n, -1, *g.out)
-
-# %% ../../nbs/algorithms/matmul.ipynb #d97f2941
-def _by_rows(x, w, g):
-    "Channels last: (groups, N * places, taps * C/groups)."
-    seen, axes = windows(x, g), len(g.out)
-    taps, places = range(3, 3 + axes), range(3 + axes, 3 + 2 * axes)
-    w = mx.unflatten(w, 0, (g.groups, -1))  # (groups, O/groups, C/groups, *kernel)
-    order = (2, *taps)
-    if w.size <= seen.size: order, w = (*taps, 2), mx.moveaxis(w, 2, -1)
-    rows = seen.transpose(1, 0, *places, *order).reshape(g.groups, len(x) * prod(g.out), -1)
-    y = rows @ w.reshape(g.groups, w.shape[1], -1).swapaxes(1, 2)
-    return mx.moveaxis(y, 0, 1).reshape(len(x), *g.out, -1)
-
-# %% ../../nbs/algorithms/matmul.ipynb #fbb11728
 def _multiplied(x, w, g):
-    x = pad_axes(x, dict(enumerate(g.padding, 1 if g.channels_last else 2)))
-    return (_by_rows if g.channels_last else _by_columns)(x, w, g)
+    x = mx.moveaxis(x, g.channel_axis, 1)
+    seen, axes = windows(pad_axes(x, dict(enumerate(g.padding, 2))), g), len(g.out)
+    w = mx.unflatten(w, 0, (g.groups, -1))  # (groups, O/groups, C/groups, *kernel)
+    if w.size > seen.size: seen = mx.moveaxis(seen, 1 + axes, 1)
+    else: w = mx.moveaxis(w, 2, -1)
+    y = w.reshape(*w.shape[:2], -1) @ seen.reshape(g.groups, -1, len(x) * prod(g.out))
+    y = y.reshape(-1, len(x), *g.out)
+    return mx.moveaxis(y, 0, -1) if g.channels_last else y.swapaxes(0, 1)
 
 # %% ../../nbs/algorithms/matmul.ipynb #3740f98a
 def _is_pointwise(g):
@@ -84,6 +64,8 @@ def _in_place(x, w, g):
     return (w @ mx.flatten(x[(..., *met)], 2)).reshape(g.output_shape)
 
 # %% ../../nbs/algorithms/matmul.ipynb #c73f35ec
+_LONG = 64  # taps along an axis
+
 def matmul(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
@@ -94,6 +76,8 @@ def matmul(
     x, w = as_products_need(x, w)
     if _is_pointwise(g) and not _shares_a_product(x, w, g): return _in_place(x, w, g).astype(dtype)
     size = window_bytes(g, x.shape[g.channel_axis], x.itemsize)
+    if max(g.kernel_size) > _LONG and size > whole_bytes():
+        return summed_in_turn(_multiplied, by_taps(x, w, g, -(-size // tile_bytes(g)))).astype(dtype)
     return in_tiles(_multiplied, x, w, g, size, least=w.nbytes).astype(dtype)
 
 def _shares_a_product(x, w, g):
@@ -101,15 +85,15 @@ def _shares_a_product(x, w, g):
     return backend() == "cpu" and not g.channels_last and w.size > x.size // len(x) and len(x) > 1
 
 # %% ../../nbs/algorithms/matmul.ipynb #323a6dfe
-_WRITTEN, _WRITTEN_LAST = 0.5, 0.65  # copies that a value of a window takes, in each layout
+_WRITTEN = 0.8  # copies that a value of a window takes
 _FEW_ROWS, _READ_AGAIN = 4, 0.5  # outputs of one channel; what reading for them takes, in copies
-_STEPS = 3  # padding, windows, product
+_STEPS = 4  # padding, windows, the weight's order, product
 
 def _cost(call):
     (outputs, inner), g = call.weight_shape[:2], call.g
     if call.n_taps == 1: return call.multiplied + (call.seen if max(g.stride) > 1 else 0)
-    copied = (_WRITTEN_LAST if g.channels_last else _WRITTEN) * call.seen
-    if g.channels_last: copied += min(prod(call.weight_shape), call.seen)
+    copied = _WRITTEN * call.seen + min(prod(call.weight_shape), call.seen)
+    if g.channels_last: copied += call.inputs
     if inner == 1 and outputs // g.groups <= _FEW_ROWS: copied += _READ_AGAIN * call.seen
     return copied + call.multiplied + _STEPS * A_STEP
 

@@ -7,9 +7,10 @@ __all__ = ['OVERLAP_ADD', 'PHASES', 'overlap_add', 'phases']
 
 # %% ../../nbs/algorithms/overlap.ipynb #b84fd3df
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from itertools import product
 from math import gcd, inf, prod
+from operator import add
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from .native import as_convolution, native
 from .record import Algorithm, backend
 from .taps import channel_products, in_full_precision
 from flashconv.algorithms.tiles import (
-    MOST_TILES, after, by_batch, by_groups, held_in_tiles, in_turn, runs, summed_in_turn,
+    MOST_TILES, after, by_batch, by_groups, by_taps, held_in_tiles, in_turn, runs, summed_in_turn,
     tile_bytes, whole_bytes)
 from ..arithmetic import Geometry
 from ..dilation import insert_zeros
@@ -40,34 +41,26 @@ def _axis(n_taps, step, apart, before, out):
     return _Axis(step, apart, -(-n_taps // step), first, -(-(cut + out) // step), cut)
 
 # %% ../../nbs/algorithms/overlap.ipynb #50bd4880
-_MOST_ADDED = 16  # terms, one after the other; of more, MLX's sum is the shorter graph
-
 def _sums(stamps, axes):
-    "(N, O, *out) of stamps (O, *taps, N, *size)."
+    "(O, N, *out) of stamps (O, *taps, N, *size)."
     n = len(axes)
-    first_input = [axis.first - (axis.met - 1) * axis.apart for axis in axes]
-    stamps = pad_axes(stamps, {
-        at: amounts for i, (axis, first) in enumerate(zip(axes, first_input)) for at, amounts in (
-            (1 + i, (0, axis.met * axis.step - stamps.shape[1 + i])),
-            (2 + n + i, (-first, axis.first + axis.count - stamps.shape[2 + n + i])))})
-    steps = [prod(stamps.shape[axis + 1 :]) for axis in range(stamps.ndim)]
-    channel, image, a_tap, a_place = steps[0], steps[1 + n], steps[1 : 1 + n], steps[2 + n :]
-    terms = mx.as_strided(
-        mx.contiguous(stamps),
-        (stamps.shape[1 + n], len(stamps), *(axis.met for axis in axes),
-         *(length for axis in axes for length in (axis.count, axis.step))),
-        (image, channel, *(axis.step * t - axis.apart * p for axis, t, p in zip(axes, a_tap, a_place)),
-         *(step for t, p in zip(a_tap, a_place) for step in (p, t))),
-        sum((axis.met - 1) * axis.apart * p for axis, p in zip(axes, a_place)))
-    for axis in axes: terms = _added_up(terms, axis.met)
-    return terms.reshape(*terms.shape[:2], *(axis.count * axis.step for axis in axes))
-
-def _added_up(terms, many):
-    "The sum over the third axis."
-    if many > _MOST_ADDED: return mx.contiguous(terms).sum(2)
-    y = terms[:, :, 0]
-    for j in range(1, many): y = y + terms[:, :, j]
-    return y
+    for tap, axis in enumerate(axes, 1):
+        place, n_taps = tap + 1 + n, stamps.shape[tap]
+        first = axis.first - (axis.met - 1) * axis.apart
+        stamps = pad_axes(stamps, {
+            tap: (0, max(axis.met * axis.step - n_taps, 0) if axis.met > 1 else 0),
+            place: (-first, axis.first + axis.count - stamps.shape[place])})
+        at, terms = [slice(None)] * stamps.ndim, []
+        for j in range(axis.met):
+            start = (axis.met - 1 - j) * axis.apart
+            at[tap] = slice(j * axis.step, (j + 1) * axis.step)
+            at[place] = slice(start, start + axis.count)
+            terms.append(stamps[tuple(at)])
+        y = reduce(add, terms)  # (..., phases, ..., count, ...)
+        stamps = pad_axes(y, {tap: (0, axis.step - y.shape[tap])})
+    order = [axis for i in range(n) for axis in (2 + n + i, 1 + i)]
+    y = stamps.transpose(0, 1 + n, *order)
+    return y.reshape(*y.shape[:2], *(axis.count * axis.step for axis in axes))
 
 # %% ../../nbs/algorithms/overlap.ipynb #a0567314
 def _stamped(x, w, g):
@@ -81,7 +74,7 @@ def _stamped(x, w, g):
     stamps = insert_zeros(stamps, both)
     axes = [_axis(n, s, 1 if s > 1 else d, before, out) for n, s, d, (before, _), out
             in zip(stamps.shape[1:], g.stride, g.dilation, g.padding, g.out)]
-    y = _sums(stamps, axes)
+    y = _sums(stamps, axes).swapaxes(0, 1)
     return y[(..., *(slice(axis.cut, axis.cut + out) for axis, out in zip(axes, g.out)))]
 
 # %% ../../nbs/algorithms/overlap.ipynb #fbf31277
@@ -103,14 +96,6 @@ def _by_rows(x, w, g, axis, parts):
         part = x[(slice(None),) * at + (slice(start, stop),)]
         yield part, w, replace(g, output_shape=tuple(shape), padding=tuple(padding))
 
-def _by_taps(x, w, g, axis, parts):
-    "The parts of the kernel along an axis."
-    kernel, padding = list(g.kernel_size), list(g.padding)
-    for a, b in runs(g.kernel_size[axis], parts):
-        kernel[axis], padding[axis] = b - a, (g.padding[axis][0] - a * g.dilation[axis], 0)
-        yield (x, w[(slice(None),) * (2 + axis) + (slice(a, b),)],
-               replace(g, kernel_size=tuple(kernel), padding=tuple(padding)))
-
 # %% ../../nbs/algorithms/overlap.ipynb #3def853d
 def _in_parts(x, w, g, limit=None):
     "The transposed convolution, channels first, in parts of at most `limit` bytes."
@@ -127,9 +112,8 @@ def _in_parts(x, w, g, limit=None):
     if longer > 1:
         rows = _by_rows(x, w, g, axis, min(parts, longer))
         return mx.concatenate(in_turn(run, rows), 2 + axis)
-    axis = g.kernel_size.index(max(g.kernel_size))
-    if g.kernel_size[axis] == 1: return _stamped(x, w, g)
-    return summed_in_turn(run, list(_by_taps(x, w, g, axis, parts)))
+    if max(g.kernel_size) == 1: return _stamped(x, w, g)
+    return summed_in_turn(run, by_taps(x, w, g, parts))
 
 # %% ../../nbs/algorithms/overlap.ipynb #0af65a35
 def overlap_add(

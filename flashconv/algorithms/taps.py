@@ -134,13 +134,11 @@ def _stamped(x, w, g):
 
 # %% ../../nbs/algorithms/taps.ipynb #8f3c3391
 _MOST_TAPS = 256  # of more, MLX holds more terms at a time than tiles allow for
-_IN_SLICES = 1.7  # copies that a product takes whose input is a slice of rows, not one run
 
 def _cost(call):
     if call.n_taps > _MOST_TAPS: return inf
     read = call.seen if call.weight_shape[1] > 1 else 0
-    passes = 1 + (_IN_SLICES if len(call.g.stride) > 1 else 1)
-    return read + passes * _terms(call) + 2 * call.n_taps * A_STEP + call.multiplied
+    return read + _terms(call) + 2 * call.n_taps * A_STEP + call.multiplied
 
 def _terms(call): return call.n_taps * prod(call.g.output_shape)
 

@@ -6,7 +6,6 @@
 __all__ = ['PRODUCT', 'PATCHES', 'SWAPPED', 'product', 'patches', 'swapped', 'swapped_geometry', 'rearranged']
 
 # %% ../../nbs/algorithms/weights.ipynb #da154361
-from dataclasses import replace
 from functools import lru_cache
 from math import inf, prod
 
@@ -16,7 +15,7 @@ from .matmul import windows
 from .record import Algorithm
 from .taps import as_products_need
 from .tiles import (
-    held_in_tiles, runs, summed_in_turn, tile_bytes, whole_bytes)
+    held_in_tiles, in_turn, runs, summed_in_turn, tile_bytes, whole_bytes)
 from ..arithmetic import Geometry
 from ..padding import pad_axes
 
@@ -39,34 +38,38 @@ def product(
     return w.reshape(*w.shape, *g.kernel_size).astype(x.dtype)
 
 # %% ../../nbs/algorithms/weights.ipynb #2e1cdba4
+_LONG = 64  # taps along the first axis
+
 def patches(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     cotangent: mx.array,  # of the output
     g: Geometry,  # of any convolution
 ) -> mx.array:  # cotangent of PyTorch's weight
     "A product of the cotangent with a copy of all windows."
-    large, small = _larger_first(*as_products_need(x, cotangent), g)
-    first = 1 if g.channels_last else 2
-    large = pad_axes(large, dict(enumerate(g.padding, first)))
-    rows, step, before = small.shape[first], g.stride[0], (slice(None),) * first
-    size = prod(g.kernel_size) * large.shape[g.channel_axis] * large.itemsize * (
-        small.size // small.shape[g.channel_axis])
+    large, small = (mx.moveaxis(a, g.channel_axis, 1)
+                    for a in _larger_first(*as_products_need(x, cotangent), g))
+    large = pad_axes(large, dict(enumerate(g.padding, 2)))
+    size = prod(g.kernel_size) * large.shape[1] * large.itemsize * (small.size // small.shape[1])
     parts = 1 if size <= whole_bytes() else -(-size // (tile_bytes(g) // 2))
-    parts = [(large[(*before, slice(a * step, (b - 1) * step + g.spans[0]))],
-              small[(*before, slice(a, b))], g) for a, b in runs(rows, parts)]
-    return summed_in_turn(_multiplied, parts).astype(x.dtype)
+    (n_taps, *rest), step, distance = g.kernel_size, g.stride[0], g.dilation[0]
+    if n_taps > _LONG:
+        reach = (small.shape[2] - 1) * step + 1
+        tiles = [(large[:, :, a * distance : (b - 1) * distance + reach], small, g, (b - a, *rest))
+                 for a, b in runs(n_taps, parts)]
+        return mx.concatenate(in_turn(_multiplied, tiles), 2).astype(x.dtype)
+    tiles = [(large[:, :, a * step : (b - 1) * step + g.spans[0]], small[:, :, a:b], g, g.kernel_size)
+             for a, b in runs(small.shape[2], parts)]
+    return summed_in_turn(_multiplied, tiles).astype(x.dtype)
 
 # %% ../../nbs/algorithms/weights.ipynb #12b4fb9d
-def _multiplied(large, small, g):
-    seen = windows(large, replace(g, output_shape=small.shape))
-    inner, axes = seen.shape[2], len(g.stride)
-    taps, places = range(3, 3 + axes), range(3 + axes, 3 + 2 * axes)
-    small = mx.moveaxis(small, g.channel_axis, 0).reshape(g.groups, -1, small.size // small.shape[g.channel_axis])
-    if not g.channels_last:
-        columns = seen.transpose(1, 2, *taps, 0, *places).reshape(g.groups, -1, small.shape[2])
-        return (small @ columns.swapaxes(1, 2)).reshape(-1, inner, *g.kernel_size)
-    rows = seen.transpose(1, 0, *places, *taps, 2).reshape(g.groups, small.shape[2], -1)
-    return mx.moveaxis((small @ rows).reshape(-1, *g.kernel_size, inner), -1, 1)
+def _multiplied(large, small, g, kernel_size):
+    part = Geometry(kernel_size, g.stride, g.padding, g.dilation, g.output_padding, g.groups, False,
+                    False, small.shape)
+    seen, places = windows(large, part), small.size // small.shape[1]
+    inner = large.shape[1] // g.groups
+    small = small.swapaxes(0, 1).reshape(g.groups, -1, places)
+    w = small @ seen.reshape(g.groups, -1, places).swapaxes(1, 2)
+    return mx.moveaxis(w.reshape(-1, *kernel_size, inner), -1, 1)
 
 # %% ../../nbs/algorithms/weights.ipynb #e00671f3
 def swapped(
