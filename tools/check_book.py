@@ -488,7 +488,7 @@ def definitions(book):
     for page in book.pages:
         waiting = []
         for cell in page.cells:
-            if cell.cell_type != "code" or _is_silent(cell): continue
+            if cell.cell_type != "code" or _is_silent(cell) or _is_imports(cell): continue
             waiting = [*waiting, _first(cell)] if _only_defines(cell) else []
             if len(waiting) == _IN_A_ROW + 1:
                 yield f"{page.path}: nothing runs between {waiting[0]!r} and {waiting[-1]!r}"
@@ -497,8 +497,7 @@ def definitions(book):
 def _only_defines(cell):
     "Whether a cell makes names and runs nothing: exported, or functions and classes alone."
     body = _tree(cell.source).body
-    kinds = ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom
-    return bool(body) and (_is_export(cell) or all(isinstance(node, kinds) for node in body))
+    return _is_export(cell) or all(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in body)
 
 
 def plumbing(book):
@@ -514,6 +513,11 @@ def plumbing(book):
 
 # Private definitions without a comment that the prose around them argues about, by page.
 _ARGUED = {}
+
+
+def _is_imports(cell):
+    "Whether a cell has nothing but imports."
+    return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in _tree(cell.source).body)
 
 
 def _defined(cell):
