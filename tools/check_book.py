@@ -456,8 +456,18 @@ _TYPED = re.compile(
 _MEMORY = re.compile(r"\b\d[\d.,]* ?[KMGT]i?B\b")
 _HOLDS = re.compile(r"\b(?:holds?|held|peaks?|measured)\b", re.I)
 
-# Sentences with numbers that look measured and are not: what they are computed from.
-_COMPUTED = ()
+# Sentences whose numbers look measured and are not.
+_COMPUTED = (
+    "So one call holds about 64 MiB besides its arrays.",  # a limit that tiles keep
+    "A container that may use 150 ms of processors in every 100 ms:",  # an example's quota
+    "holds 32 KiB or more for each core",  # a processor's first cache, as it is built
+    "5.2 GFLOP/s at 2.6 GHz.",  # two operations in a cycle
+    "1 GiB holds what a step of most networks frees.",  # the limit that is set
+    "A microphone gives 20 ms at a time",  # here and below: lengths of sound
+    "turns 20 ms of sound into one vector", "one vector for 20 ms.", "20 ms in all:",
+    "in pieces of 20 ms", "at 20 milliseconds", "over 3 milliseconds",
+    "a position of the transformer is 20 ms long",
+)
 
 
 def measurements(book):
@@ -511,8 +521,17 @@ def plumbing(book):
             yield f"{page.path}: private and shown: {', '.join(names)}"
 
 
-# Private definitions without a comment that the prose around them argues about, by page.
-_ARGUED = {}
+# Private definitions without a comment that stay, since the prose around them argues about them.
+_ARGUED = {
+    "algorithms/choice.ipynb": ("_named",),  # the rule itself
+    "algorithms/derivatives.ipynb": ("_with_rules", "_plus", "_batched"),  # vjp, sums of 64, vmap
+    "algorithms/matmul.ipynb": ("_unfolded", "_multiplied", "_is_small"),  # orders of copies
+    "algorithms/native.ipynb": ("_by_depth", "_is_defined"),  # what MLX lacks
+    "algorithms/overlap.ipynb": ("_padding", "_stamps", "_phase_sums", "_phase"),  # the algorithm
+    "algorithms/places.ipynb": ("_rows", "_placed", "_part"),  # the algorithm
+    "algorithms/taps.ipynb": ("_summed", "_stamped"),  # the algorithm, and its transpose
+    "algorithms/weights.ipynb": ("_multiplied",),  # a view of all windows
+}
 
 
 def _is_imports(cell):

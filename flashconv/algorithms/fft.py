@@ -35,6 +35,7 @@ def fast_length(
 # %% ../../nbs/algorithms/fft.ipynb #4eecad10
 def _lengths(g, sizes):
     "The ring's length per axis, for inputs of these sizes."
+    # room for the inputs as far as outputs are kept, for the last output, and for the kernel
     return tuple(fast_length(max(size + before, k - before + (o - 1) * s, k))
                  for size, k, (before, _), o, s
                  in zip(sizes, g.kernel_size, g.padding, g.out, g.stride))
@@ -42,7 +43,7 @@ def _lengths(g, sizes):
 # %% ../../nbs/algorithms/fft.ipynb #814d9dfa
 def _by_value(x, w, lengths):
     "(N, groups, 1, *spatial) and a flipped (groups, O/groups, 1, *kernel)."
-    axes = tuple(range(-len(lengths), 0))
+    axes = tuple(range(-len(lengths), 0))  # spatial
     x, w = (mx.fft.rfftn(a, s=lengths, axes=axes) for a in (x, w[:, :, 0]))
     return mx.fft.irfftn(x * w, s=lengths, axes=axes)
 
@@ -73,6 +74,7 @@ def _whole(x, w, g):
     "A convolution on one ring, of which a stride keeps every so many places."
     lengths = _lengths(g, x.shape[2:])
     x, w = mx.unflatten(x, 1, (g.groups, -1)), mx.unflatten(w, 0, (g.groups, -1))
+    # outputs before the start are spoilt by what comes in again
     starts = [k - 1 - before for k, (before, _) in zip(g.kernel_size, g.padding)]
     kept = (..., *(slice(start, start + (o - 1) * s + 1, s)
                    for start, o, s in zip(starts, g.out, g.stride)))

@@ -189,7 +189,7 @@ def exchange_halo(
     axis: int,  # along which the whole is cut
     before: int,  # values wanted from the left neighbour
     after: int,  # values wanted from the right one
-    group: mx.distributed.Group | None = None,  # whose processes have slabs, in the order of their ranks
+    group: mx.distributed.Group | None = None,  # whose processes have slabs, by rank
     *,
     padding_mode: str = "zeros",  # at the ends: 'zeros', 'reflect', 'replicate' or 'circular'
 ) -> mx.array:  # `x`, longer by both
@@ -349,7 +349,7 @@ class SplitConv(Grouped, nn.Module):
         self,
         layer: _ConvNd,  # a convolution or a transposed one, over 1 to 3 axes
         spatial_axis: int = 0,  # the one that is cut, counted among the spatial axes
-        group: mx.distributed.Group | None = None,  # whose processes have slabs, in the order of their ranks
+        group: mx.distributed.Group | None = None,  # whose processes have slabs, by rank
     ):
         super().__init__()
         n = getattr(layer, "num_spatial_dims", None)

@@ -53,7 +53,7 @@ def _digest(*groups):
     "A name for any number of texts, which differs if one of them, or its end, does."
     digest = hashlib.sha256()
     for part in (part for group in groups for part in group):
-        digest.update(len(part).to_bytes(8, "little") + part)
+        digest.update(len(part).to_bytes(8, "little") + part)  # "ab", "c" is not "a", "bc"
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/kernels/01_build.ipynb #d08c4458
@@ -183,7 +183,7 @@ def _trusted(folder):
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
+        found = folder.lstat()  # of a link, not of what it leads to
     except OSError as error:
         raise BuildError(f"no folder {folder}: {error}. {_ELSEWHERE}") from None
     if stat.S_ISLNK(found.st_mode): wrong = "is a link"
@@ -250,7 +250,8 @@ def _answer(glue_file, kernels_file):
     "What the child does: a 1x1 convolution of 1, 2, 3 by 2."
     module = load(glue_file, kernels_file)
     x = mx.array([1.0, 2, 3]).reshape(1, 1, 3)
-    y = module.Spec([1], [(0, 0)], [1])(x, mx.full((1, 1, 1), 2.0), stream=mx.cpu)
+    layer = module.Spec([1], [(0, 0)], [1])  # stride, padding, dilation
+    y = layer(x, mx.full((1, 1, 1), 2.0), stream=mx.cpu)
     if y.tolist() != [[[2, 4, 6]]]: sys.exit(f"a 1x1 convolution of 1, 2, 3 by 2 is {y}")
 
 # %% ../../nbs/kernels/01_build.ipynb #fdc6c68e
@@ -273,7 +274,7 @@ def _smoke(glue_file, kernels_file):
 # %% ../../nbs/kernels/01_build.ipynb #07b4e6fd
 def _move(file, to):
     "A file under its final name, where it is whole whenever it is seen."
-    with open(file, "rb") as written: os.fsync(written.fileno())
+    with open(file, "rb") as written: os.fsync(written.fileno())  # its bytes before its name
     os.replace(file, to)
 
 def _sweep(folder):
@@ -337,7 +338,7 @@ def _build(wanted, folder):
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as work:
         new = dict(zip(missing, _compile([wanted[i] for i in missing], Path(work))))
         _smoke(*(new.get(i, file) for i, file in enumerate(files)))
-        for i, file in new.items(): _move(file, files[i])
+        for i, file in new.items(): _move(file, files[i])  # no name before all have answered
 
 # %% ../../nbs/kernels/01_build.ipynb #e0afa350
 def libraries(
