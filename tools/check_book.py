@@ -445,14 +445,15 @@ def _is_silent(cell): return bool(re.search(r"^#\| *echo: *false", cell.source, 
 
 
 _UNIT = r"(?:ns|[uµ]s|ms|microseconds?|milliseconds?|[KMGT]?FLOP/s|[KMGT]B/s)"
-_COUNT = r"(?:\d[\d.,]*|two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|hundred|thousand)"
+_COUNT = (r"(?:\d[\d.,]*|two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|hundred"
+          r"|thousand)")
 _TYPED = re.compile(
     rf"\b\d[\d.,]*(?: to \d[\d.,]*)? ?{_UNIT}\b"
     rf"|\b{_COUNT} times (?:faster|slower|as (?:fast|slow|long|quick)\w*|longer|the (?:time|speed)"
     rf"|quicker|less time|more time|its time|its speed)"
     r"|\b\d[\d.,]* ?(?:%|per cent|x) (?:faster|slower|of the time|of PyTorch|less time|more time)"
-    rf"|\b(?:half|thirds?|quarters?|fifths?|tenths?) of (?:the|its|their|PyTorch's) (?:time|speed)\b"
-    r"|\b\d[\d.,]*(?:e\d+)? (?:values|numbers|products|operations|multiplications) a second", re.I)
+    r"|\b(?:half|thirds?|quarters?|fifths?|tenths?) of (?:[\w']+ )?(?:time|speed)\b"
+    r"|\b\d[\d.,]*(?:e\d+)? (?:values|copies|products|operations|multiplications) a second", re.I)
 _MEMORY = re.compile(r"\b\d[\d.,]* ?[KMGT]i?B\b")
 _HOLDS = re.compile(r"\b(?:holds?|held|peaks?|measured)\b", re.I)
 
@@ -557,8 +558,8 @@ def _has_comment(source):
     return any(each.type == tokenize.COMMENT and not each.string.startswith("#|")
                for each in tokens)
 
-
-CHECKS = (titles, openings, paragraphs, nested_links, sidebar, links, pictures, outputs, machine, code, leads, names)
+CHECKS = (titles, openings, paragraphs, nested_links, sidebar, links, pictures, outputs, machine,
+          code, leads, names, meanings, measurements, definitions, plumbing)
 
 
 def problems(book):

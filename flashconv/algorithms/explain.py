@@ -75,7 +75,7 @@ def _waits_for_fft(part, name, x, w, g):
 class Explanation(tuple):
     "The runs of a call, as a table where it is printed."
     def __repr__(self):
-        rows = [("", "algorithm", "MFLOP", "arrays MB", "workspace MB", "FFT MFLOP", "why")]
+        rows = [("", "algorithm", "MFLOP", "arrays MB", "workspace MB", "MFLOP by FFT", "why")]
         rows += [(r.part, r.algorithm, *(f"{n / 1e6:,.1f}" for n in r[3:6]),
                   f"{r.fft_flops / 1e6:,.1f}" if r.fft_flops else "", r.why) for r in self]
         if not any(r.fft_flops for r in self): rows = [(*row[:5], row[6]) for row in rows]
