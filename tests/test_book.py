@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import check_book
+import llms
 import nbformat
 from check_book import CHECKS, Book, problems, process, read_book
 
@@ -95,6 +96,16 @@ def add(kind, source, outputs=None, folder="_proc"):
     return change
 
 
+def together(*changes):
+    "Several changes as one."
+    def change(root):
+        for each in changes: each(root)
+    return change
+
+
+EXPORTED = "#| code-fold: show\n"  # how nbdev marks a cell whose source is shown
+
+
 def strip_outputs(root):
     path = root / "_proc" / "01_padding.ipynb"
     nb = json.loads(path.read_text(encoding="utf-8"))
@@ -156,6 +167,22 @@ BROKEN = {
     "a link in a signature": (add("code", "f()", markdown(f"```\nf() # [`pad`]({SITE})\n```")),
                               "a link in code"),
     "a sentence that leads nowhere": (add("markdown", "Like so:"), "nothing follows 'Like so:'"),
+    "a name with another meaning": (add("code", "import flashconv as nn", folder="nbs"),
+                                    "01_padding.ipynb: nn is flashconv"),
+    "a name from another package": (add("code", "from torch import nn", folder="nbs"),
+                                    "01_padding.ipynb: nn is torch.nn"),
+    "a name with another meaning in the prose": (
+        add("markdown", "~~~python\nimport mlx.nn as fc\n~~~", folder="nbs"),
+        "01_padding.ipynb: fc is mlx.nn"),
+    "a name from nowhere": (add("code", "layer = nn.Linear(1, 1)"),
+                            "no shown import of nn before 'layer = nn.Linear(1, 1)'"),
+    "a time in the prose": (add("markdown", "That takes 3.5 ms."), "typed, not measured: '3.5 ms'"),
+    "a time in a caption": (add("code", '#| fig-cap: "Twice 3 ms"\nplot()'), "typed, not measured"),
+    "four definitions in a row": (
+        together(add("code", "f(1)"), *[add("code", f"{EXPORTED}def {name}(x): return x")
+                                        for name in "abcd"]),
+        "nothing runs between 'def a(x): return x' and 'def d(x): return x'"),
+    "a private helper": (add("code", f"{EXPORTED}def _f(x): return x"), "private and shown: _f"),
     "no entry": (edit(PAGE, "### pad_axes", "### elsewhere"), "padding.pad_axes: no entry"),
     "no page of a module": (edit("nbs/01_padding.ipynb", "default_exp padding", "default_exp p"),
                             "padding.pad: no page"),
@@ -189,6 +216,62 @@ def test_what_says_something_of_a_machine(text, found):
     book = Book(ROOT, [], None, {"page": nbformat.v4.new_notebook(cells=[cell])})
     expected = [f"page: {found[0]} among the outputs: {found[1]}"] if found else []
     assert list(check_book.machine(book)) == expected
+
+
+@pytest.mark.parametrize("text, found", (
+    ("It takes 0.1 to 0.3 ms to wake.", "0.1 to 0.3 ms"), ("It makes 340 GFLOP/s.", "340 GFLOP/s"),
+    ("That is 5 times faster.", "5 times faster"),
+    ("Ours is twenty times as fast.", "twenty times as fast"),
+    ("In four fifths of the time.", "fifths of the time"), ("30 % faster than that", "30 % faster"),
+    ("One thread copies 2e9 values a second.", "2e9 values a second"),
+    ("The call holds 282 MB besides.", "282 MB"), ("```\nsleep 3 ms\n```", None),
+    *((text, None) for text in (
+        "The columns have 40 MB.", "3 x 3 taps at stride 2", "It has 256 times what it needs.",
+        "Times are in ms.", "five times the same sum", "once per 1000 samples"))), ids=str)
+def test_what_was_measured(text, found):
+    "A number that somebody typed, and numbers that follow from shapes."
+    page = check_book.Page(Path("page"), [nbformat.v4.new_markdown_cell(text)])
+    said = list(check_book.measurements(Book(ROOT, [page], None, {})))
+    expected = [True] if found else []
+    assert [f"typed, not measured: {found!r}" in line for line in said] == expected, said
+
+
+@pytest.mark.parametrize("sources, found", (
+    (["a = 1"] * 5, False), ([EXPORTED + "def a(): pass"] * 4, True),
+    ([EXPORTED + "def a(): pass"] * 3, False), (["def a(): pass"] * 4, True),
+    (["def a(): pass", "def b(): pass", "import mlx", "def c(): pass", "def d(): pass"], True),
+    (["def a(): pass", "def b(): pass", "a()", "def c(): pass", "def d(): pass"], False),
+    (["def a(): pass"] * 3 + ["#| echo: false\nshow_doc(a)", "def b(): pass"], True)), ids=str)
+def test_what_only_defines(sources, found):
+    "A run of definitions is broken by what runs, not by imports or by the entry of a function."
+    page = check_book.Page(Path("page"), [nbformat.v4.new_code_cell(source) for source in sources])
+    assert bool(list(check_book.definitions(Book(ROOT, [page], None, {})))) == found
+
+
+@pytest.mark.parametrize("source, found", (
+    ("def _f(): pass", True), ("_X = 1", True), ("_X = 1  # things", False),
+    ("def f(): pass", False),
+    ("_TABLE['a'] = 1\nclass _A: pass", True), ("def _f(): pass\ndef f(): pass", False)), ids=str)
+def test_what_is_plumbing(source, found):
+    "Private definitions without a comment."
+    page = check_book.Page(Path("page"), [nbformat.v4.new_code_cell(EXPORTED + source)])
+    assert bool(list(check_book.plumbing(Book(ROOT, [page], None, {})))) == found
+
+
+def test_every_argued_definition_is_shown(book):
+    "The list of private definitions that stay has none that is gone or hidden."
+    pages = {str(page.path): page for page in book.pages}
+    for path, names in check_book._ARGUED.items():
+        shown = {name for cell in pages[path].cells if cell.cell_type == "code"
+                 and check_book._is_export(cell) for name in check_book._defined(cell)[:1]}
+        assert set(names) <= shown, (path, set(names) - shown)
+
+
+def test_llms(book):
+    "llms.txt has the address of every page."
+    text = llms.llms()
+    for page in book.pages:
+        assert f"/{Path(page.address).with_suffix('.html')})" in text, page.address
 
 
 def bare(x): return x

@@ -3,8 +3,10 @@
 nbdev turns the notebooks into the pages that Quarto renders. The checks read those pages, and
 tests/test_book.py shows that each of them can fail. Each check yields a line for each problem.
 """
+import ast
 import importlib
 import inspect
+import io
 import os
 import pkgutil
 import re
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tokenize
 from configparser import ConfigParser
 from dataclasses import dataclass, field
 from functools import cache
@@ -379,8 +382,184 @@ def _unexplained(value):
     return [name for name in missing if name not in rest]
 
 
+# What a name stands for on every page; the README has one sentence on the other meaning of `nn`.
+_MEANING = {"mx": "mlx.core", "nn": "mlx.nn", "fc": "flashconv"}
+_IMPORT = re.compile(r"^ *(?:import|from) .*$", re.M)
+_README_SAYS = "import flashconv as nn"
 
-CHECKS = (titles, openings, paragraphs, nested_links, sidebar, links, pictures, outputs, machine, code, leads, names)
+
+def meanings(book):
+    "A name has one meaning in the book, and a shown cell has it from a shown import."
+    for path, notebook in book.notebooks.items():
+        for source in _sources(notebook.cells):
+            for name, module in _aliases(source):
+                said = f"import {module} as {name}"
+                if str(path) == "index.ipynb" and said == _README_SAYS: continue
+                if module != _MEANING[name]: yield f"{path}: {name} is {module}"
+    for page in book.pages:
+        known = set()
+        for cell in page.cells:
+            known |= {name for source in _sources([cell]) for name, _ in _aliases(source)}
+            if cell.cell_type != "code" or _is_export(cell) or _is_silent(cell): continue
+            for name in sorted(_used(cell.source) - known):
+                known.add(name)
+                yield f"{page.path}: no shown import of {name} before {_first(cell)!r}"
+
+
+def _sources(cells):
+    "Code: of cells, and of blocks in the prose."
+    for cell in cells:
+        if cell.cell_type == "code": yield cell.source
+        if cell.cell_type == "markdown":
+            page = Page(Path())
+            page.read(cell.source)
+            yield from page.code
+
+
+def _aliases(source):
+    "(name, module) of the imports whose names have one meaning."
+    for line in _IMPORT.findall(source):
+        try: found = ast.parse(line.strip()).body[0]
+        except SyntaxError: continue
+        for each in found.names:
+            name = each.asname or each.name
+            scope = f"{found.module}." if isinstance(found, ast.ImportFrom) else ""
+            if name in _MEANING: yield name, scope + each.name
+
+
+def _used(source):
+    "The names with one meaning that code reads."
+    return {node.id for node in ast.walk(_tree(source))
+            if isinstance(node, ast.Name) and node.id in _MEANING}
+
+
+def _tree(source):
+    "The syntax of a cell, without what only IPython knows."
+    return ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M))
+
+
+def _is_export(cell): return cell.source.startswith("#| code-fold: show")
+
+
+def _is_silent(cell): return bool(re.search(r"^#\| *echo: *false", cell.source, re.M))
+
+
+_UNIT = r"(?:ns|[uµ]s|ms|microseconds?|milliseconds?|[KMGT]?FLOP/s|[KMGT]B/s)"
+_COUNT = (r"(?:\d[\d.,]*|two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|hundred"
+          r"|thousand)")
+_TYPED = re.compile(
+    rf"\b\d[\d.,]*(?: to \d[\d.,]*)? ?{_UNIT}\b"
+    rf"|\b{_COUNT} times (?:faster|slower|as (?:fast|slow|long|quick)\w*|longer|the (?:time|speed)"
+    rf"|quicker|less time|more time|its time|its speed)"
+    r"|\b\d[\d.,]* ?(?:%|per cent|x) (?:faster|slower|of the time|of PyTorch|less time|more time)"
+    r"|\b(?:half|thirds?|quarters?|fifths?|tenths?) of (?:[\w']+ )?(?:time|speed)\b"
+    r"|\b\d[\d.,]*(?:e\d+)? (?:values|copies|products|operations|multiplications) a second", re.I)
+_MEMORY = re.compile(r"\b\d[\d.,]* ?[KMGT]i?B\b")
+_HOLDS = re.compile(r"\b(?:holds?|held|peaks?|measured)\b", re.I)
+
+# Sentences whose numbers look measured and are not.
+_COMPUTED = (
+    "So one call holds about 64 MiB besides its arrays.",  # a limit that tiles keep
+    "A container that may use 150 ms of processors in every 100 ms:",  # an example's quota
+    "holds 32 KiB or more for each core",  # a processor's first cache, as it is built
+    "5.2 GFLOP/s at 2.6 GHz.",  # two operations in a cycle
+    "1 GiB holds what a step of most networks frees.",  # the limit that is set
+    "A microphone gives 20 ms at a time",  # here and below: lengths of sound
+    "turns 20 ms of sound into one vector", "one vector for 20 ms.", "20 ms in all:",
+    "in pieces of 20 ms", "at 20 milliseconds", "over 3 milliseconds",
+    "a position of the transformer is 20 ms long",
+)
+
+
+def measurements(book):
+    "No measured time, ratio of times or memory is typed into prose, a caption or an alt text."
+    for page in book.pages:
+        for cell in page.cells:
+            for sentence in _sentences(cell):
+                found = _TYPED.search(sentence)
+                if not found and _HOLDS.search(sentence): found = _MEMORY.search(sentence)
+                if not found or any(words in sentence for words in _COMPUTED): continue
+                yield f"{page.path}: typed, not measured: {found[0]!r} in {sentence[:90]!r}"
+
+
+def _sentences(cell):
+    "What a cell says: prose without code, or caption and alt text."
+    if cell.cell_type == "markdown":
+        text = re.sub(r"^ *(```|~~~).*?^ *\1 *$", "", cell.source, flags=re.M | re.S)
+        for part in re.split(r"\n\s*\n|(?<=[.:;?])\s", text): yield " ".join(part.split())
+    if cell.cell_type == "code":
+        yield from re.findall(r"^#\| fig-(?:cap|alt): *(.*)$", cell.source, re.M)
+
+
+_IN_A_ROW = 3  # definitions that a reader takes in before something has to run
+
+
+def definitions(book):
+    "After at most three shown definitions something runs."
+    for page in book.pages:
+        waiting = []
+        for cell in page.cells:
+            if cell.cell_type != "code" or _is_silent(cell) or _is_imports(cell): continue
+            waiting = [*waiting, _first(cell)] if _only_defines(cell) else []
+            if len(waiting) == _IN_A_ROW + 1:
+                yield f"{page.path}: nothing runs between {waiting[0]!r} and {waiting[-1]!r}"
+
+
+def _only_defines(cell):
+    "Whether a cell makes names and runs nothing: exported, or functions and classes alone."
+    body = _tree(cell.source).body
+    return _is_export(cell) or all(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in body)
+
+
+def plumbing(book):
+    "A cell that defines private names only is not shown, unless it argues for itself in a comment."
+    for page in book.pages:
+        for cell in page.cells:
+            if cell.cell_type != "code" or not _is_export(cell): continue
+            names = _defined(cell)
+            if not names or not all(name.startswith("_") for name in names): continue
+            if names[0] in _ARGUED.get(str(page.path), ()) or _has_comment(cell.source): continue
+            yield f"{page.path}: private and shown: {', '.join(names)}"
+
+
+# Private definitions without a comment that stay, since the prose around them argues about them.
+_ARGUED = {
+    "algorithms/choice.ipynb": ("_named",),  # the rule itself
+    "algorithms/derivatives.ipynb": ("_with_rules", "_plus", "_batched"),  # vjp, sums of 64, vmap
+    "algorithms/matmul.ipynb": ("_unfolded", "_multiplied", "_is_small"),  # orders of copies
+    "algorithms/native.ipynb": ("_by_depth", "_is_defined"),  # what MLX lacks
+    "algorithms/overlap.ipynb": ("_padding", "_stamps", "_phase_sums", "_phase"),  # the algorithm
+    "algorithms/places.ipynb": ("_rows", "_placed", "_part"),  # the algorithm
+    "algorithms/taps.ipynb": ("_summed", "_stamped"),  # the algorithm, and its transpose
+    "algorithms/weights.ipynb": ("_multiplied",),  # a view of all windows
+}
+
+
+def _is_imports(cell):
+    "Whether a cell has nothing but imports."
+    return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in _tree(cell.source).body)
+
+
+def _defined(cell):
+    "The names that a cell defines, in order."
+    names = []
+    for node in _tree(cell.source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [found.id for target in targets for found in ast.walk(target)
+                      if isinstance(found, ast.Name)]
+    return names
+
+
+def _has_comment(source):
+    "Whether code has a comment, directives aside."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return any(each.type == tokenize.COMMENT and not each.string.startswith("#|")
+               for each in tokens)
+
+CHECKS = (titles, openings, paragraphs, nested_links, sidebar, links, pictures, outputs, machine,
+          code, leads, names, meanings, measurements, definitions, plumbing)
 
 
 def problems(book):

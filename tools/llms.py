@@ -34,7 +34,7 @@ def llms():
     site = settings["doc_host"] + settings["doc_baseurl"]
     sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]
     title, description = head("index.ipynb")
-    lines = [f"# {title}", "", f"> {description}", ""]
+    lines = [f"# {title}", "", f"> {description}"]
     for section in sidebar["contents"]:
         if isinstance(section, str): lines.append(entry(section, site))
         else: lines += ["", f"## {section['section']}", "", *(entry(p, site) for p in section["contents"])]
