@@ -17,8 +17,8 @@ import mlx.nn as nn
 from fastcore.basics import patch
 
 from .arithmetic import (
-    PADDINGS, _STRIDED_SAME, as_int, as_ints, as_pairs, as_tuple, causal_rule, check_limit,
-    fixed_pair, is_channels_last, is_one_of, is_paired, same_upper_padding)
+    _STRIDED_SAME, PADDINGS, as_int, as_pairs, fixed_pair, is_one_of, is_paired, same_upper_padding)
+from .geometry import as_ints, as_tuple, causal_rule, check_limit, is_channels_last
 
 # %% ../nbs/04_base.ipynb #c2fd3d39
 class _ConvNd(nn.Module):

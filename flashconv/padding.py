@@ -11,7 +11,8 @@ from numbers import Real
 
 import mlx.core as mx
 
-from .arithmetic import as_int, check_limit, is_channels_last
+from .arithmetic import as_int
+from .geometry import check_limit, is_channels_last
 from .plain import is_plain, pad_plainly
 
 # %% ../nbs/01_padding.ipynb #e29b8288

@@ -11,8 +11,8 @@ from math import prod
 import mlx.core as mx
 import mlx.nn as nn
 
-from .arithmetic import _shown, as_ints, check_limit, is_channels_last
 from .dilation import insert_zeros
+from .geometry import _shown, as_ints, check_limit, is_channels_last
 from .padding import check_array, pad_axes
 
 # %% ../nbs/23_unfold.ipynb #b5750b9b

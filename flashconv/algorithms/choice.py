@@ -26,7 +26,8 @@ from .places import PLACES
 from .record import Call, Case, backend, is_backend_given
 from .taps import TAPS
 from .weights import PATCHES, PRODUCT, ROWS, SWAPPED
-from ..arithmetic import Geometry, is_one_of
+from ..arithmetic import is_one_of
+from ..geometry import Geometry
 
 # %% ../../nbs/algorithms/choice.ipynb #2925c1fb
 ALGORITHMS = {each.name: each

@@ -21,7 +21,8 @@ from .overlap import with_borders
 from .record import backend
 from .taps import added
 from .weights import rearranged, swapped_geometry
-from ..arithmetic import Geometry, transposed_output_size
+from ..arithmetic import transposed_output_size
+from ..geometry import Geometry
 
 # %% ../../nbs/algorithms/derivatives.ipynb #f9dc27f8
 def convolve(

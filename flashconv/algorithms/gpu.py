@@ -25,7 +25,7 @@ from .overlap import OVERLAP_ADD, PHASES, overlap_add
 from .record import Algorithm, Call, Case, backend
 from .tiles import held_in_tiles
 from .weights import PATCHES, PRODUCT, ROWS, SWAPPED
-from ..arithmetic import Geometry
+from ..geometry import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/gpu.ipynb #15de4b14

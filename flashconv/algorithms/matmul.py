@@ -15,7 +15,7 @@ from .. import blas
 from .record import A_STEP, Algorithm, backend
 from .taps import OTHERS, WIDTH, as_products_need, tap_slices
 from .tiles import held_in_tiles, in_tiles
-from ..arithmetic import Geometry
+from ..geometry import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/matmul.ipynb #80a83f53

@@ -16,8 +16,8 @@ import mlx.core as mx
 from .record import A_STEP, Algorithm, backend
 from .taps import added
 from .tiles import held_in_tiles, in_tiles, whole_bytes
-from ..arithmetic import Geometry
 from ..dilation import insert_zeros
+from ..geometry import Geometry
 from ..padding import flip, pad_axes
 
 # %% ../../nbs/algorithms/native.ipynb #c63f4ca0

@@ -20,7 +20,7 @@ from .native import as_convolution, native
 from .record import Algorithm, backend
 from .taps import added
 from .tiles import MOST_TILES, after, held_in_tiles, tile_bytes
-from ..arithmetic import Geometry
+from ..geometry import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/overlap.ipynb #487a645a

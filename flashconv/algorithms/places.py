@@ -17,7 +17,7 @@ from .taps import (
     added, as_products_need, channel_products, channels_first, slices)
 from .tiles import (
     MOST_TILES, by_batch, by_groups, held_in_tiles, in_turn, runs, tile_bytes, whole_bytes)
-from ..arithmetic import Geometry
+from ..geometry import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/places.ipynb #bf830f4b

@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from .record import A_STEP, Algorithm, backend
 from .tiles import held_in_tiles, in_tiles
-from ..arithmetic import Geometry
 from ..dilation import insert_zeros
+from ..geometry import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/taps.ipynb #399b3579

@@ -13,7 +13,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from .record import backend
-from ..arithmetic import Geometry
+from ..geometry import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/tiles.ipynb #f004ffd2

@@ -15,7 +15,7 @@ from .places import places
 from .record import Algorithm
 from .taps import added, as_products_need
 from .tiles import held_in_tiles, in_turn, runs, whole_bytes
-from ..arithmetic import Geometry
+from ..geometry import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/weights.ipynb #ccdf9b53
