@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .arithmetic import as_int
+from .arguments import as_int
 from .geometry import check_limit
 
 # %% ../nbs/10_blas.ipynb #3f216ac1

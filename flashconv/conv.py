@@ -10,9 +10,8 @@ import mlx.core as mx
 from fastcore.basics import patch
 
 from . import functional
-from .arithmetic import is_one_of
+from .arguments import as_ints, as_tuple, is_one_of, kept_padding
 from .base import _ConvNd, _stream
-from .geometry import as_ints, as_tuple, kept_padding
 from .padding import check_array
 from .plain import check_fixed, is_plain
 

@@ -8,7 +8,8 @@ __all__ = ['insert_zeros', 'coverage']
 # %% ../nbs/02_dilation.ipynb #0e3ee0df
 import mlx.core as mx
 
-from .arithmetic import as_int, effective_kernel_size
+from .arguments import as_int
+from .arithmetic import effective_kernel_size
 from .padding import check_array
 
 # %% ../nbs/02_dilation.ipynb #c9799943

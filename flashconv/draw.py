@@ -35,11 +35,10 @@ from matplotlib.textpath import TextPath
 from PIL import Image
 
 from . import arithmetic, functional, geometry
-from .arithmetic import as_int, is_paired
+from .arguments import as_int, as_ints, as_padding, is_paired
 from .base import _ConvNd
 from .conv import Conv1d
 from .dilation import coverage
-from .geometry import as_ints, as_padding
 from .padding import pad
 
 # %% ../nbs/09_draw.ipynb #aa97b6b4

@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from .algorithms.choice import follows_rule
 from .algorithms.derivatives import convolve
-from .arithmetic import as_int
-from .geometry import as_ints, as_padding, conv_geometry, is_channels_last
+from .arguments import as_int, as_ints, as_padding, is_channels_last
+from .geometry import conv_geometry
 from .kernels import primitive
 from .padding import check_array, pad
 from .plain import check_fixed, convolve_plainly, is_plain

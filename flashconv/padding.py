@@ -11,8 +11,8 @@ from numbers import Real
 
 import mlx.core as mx
 
-from .arithmetic import as_int
-from .geometry import check_limit, is_channels_last
+from .arguments import as_int, is_channels_last
+from .geometry import check_limit
 from .plain import is_plain, pad_plainly
 
 # %% ../nbs/01_padding.ipynb #e29b8288

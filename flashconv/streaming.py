@@ -13,10 +13,10 @@ import mlx.nn as nn
 from fastcore.basics import patch
 
 from . import functional
-from .arithmetic import _cut, as_int, effective_kernel_size, fixed_pair
+from .arguments import as_int, as_ints, as_padding
+from .arithmetic import _cut, effective_kernel_size, fixed_pair
 from .base import _ConvNd, _stream
 from .conv import Conv1d, _Conv
-from .geometry import as_ints, as_padding
 from .lazy import _Lazy
 from .padding import check_array
 from .transposed import ConvTranspose1d, _ConvTranspose

@@ -11,8 +11,9 @@ from math import prod
 import mlx.core as mx
 import mlx.nn as nn
 
+from .arguments import as_ints, is_channels_last
 from .dilation import insert_zeros
-from .geometry import _shown, as_ints, check_limit, is_channels_last
+from .geometry import _shown, check_limit
 from .padding import check_array, pad_axes
 
 # %% ../nbs/23_unfold.ipynb #b5750b9b

@@ -26,7 +26,7 @@ from .places import PLACES
 from .record import Call, Case, backend, is_backend_given
 from .taps import TAPS
 from .weights import PATCHES, PRODUCT, ROWS, SWAPPED
-from ..arithmetic import is_one_of
+from ..arguments import is_one_of
 from ..geometry import Geometry
 
 # %% ../../nbs/algorithms/choice.ipynb #2925c1fb

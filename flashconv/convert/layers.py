@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..arithmetic import _cut, fixed_pair, is_paired
+from ..arguments import as_ints, as_padding, is_paired
+from ..arithmetic import _cut, fixed_pair
 from ..base import _Frozen, _places, _under_new_names
 from ..conv import Conv1d, Conv2d, Conv3d
-from ..geometry import as_ints, as_padding
 from ..lazy import (
     LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d,
     LazyConvTranspose3d, UninitializedParameter)

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from fastcore.basics import patch
 
 from .. import functional
+from ..arguments import as_tuple, is_channels_last
 from ..base import _UNNAMED, _ConvNd, _state_places
 from flashconv.convert.layers import (
     _OURS, _Memory, _as_array, _attributes, _bare, _class_of, _extras, _fill, _hang_attributes,
@@ -25,7 +26,6 @@ from flashconv.convert.layers import (
 from .leaves import _FORMATTED, _LEAVES, _Equal, _Formatted, _need, _of
 from ..distributed.group import Grouped, agree, check_same, total
 from ..folding import fold_batch_norm
-from ..geometry import as_tuple, is_channels_last
 from ..padding import pad_axes
 from ..parametrizations import fold_weight_norm
 

@@ -15,13 +15,13 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import functional
+from ..arguments import as_ints
 from flashconv.convert.leaves import (
     AlphaDropout, AvgPool, ChannelShuffle, Fold, MaxPool, PixelUnshuffle, Unfold, Upsample, _views,
     _wide)
 from .models import AdaptivePool, PixelShuffle
 from .operations import OPERATIONS, _axis, _is_array, _norm, _operation
 from .operations import _unfold as _windows
-from ..geometry import as_ints
 
 # %% ../../nbs/27_network_operations.ipynb #910accd1
 @_operation("linear")
