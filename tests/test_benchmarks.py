@@ -28,9 +28,10 @@ def out(tmp_path_factory):
     return folder
 
 
-def test_three_files(out):
-    assert {path.name for path in out.iterdir()} == {"results.json", "results.md", "benchmark.svg"}
-    assert ElementTree.parse(out / "benchmark.svg").getroot().tag.endswith("svg")
+def test_files(out):
+    pictures = {"benchmark.svg", "benchmark_layers.svg"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "results.md"} | pictures
+    for name in pictures: assert ElementTree.parse(out / name).getroot().tag.endswith("svg")
 
 
 def test_figures(out):
