@@ -157,10 +157,10 @@ def where(found):
         CODES)
 
 
-CODES = ("`3x3 s2, 64->128 @56, N=4` is a kernel of 3 x 3 taps at stride 2, from 64 to 128 channels, "
-         "on 4 inputs of 56 x 56; a single number of channels stands for both. `d` is the dilation, "
-         "`g` the groups, `k` the kernel of a transposed layer; in 1d, `K` is the kernel and `L` the "
-         "length.")
+CODES = ("`3x3 s2, 64->128 @56, N=4` is a kernel of 3 x 3 taps at stride 2, from 64 to 128 "
+         "channels, on 4 inputs of 56 x 56. A single number of channels stands for both. `d` is "
+         "the dilation, `g` the groups, `k` the kernel of a transposed layer. In 1d, `K` is the "
+         "kernel and `L` the length.")
 
 
 def grid(rows, which, cell):
