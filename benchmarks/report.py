@@ -207,17 +207,21 @@ def draw(rows, path):
     picture(names, MARKS, found, path, (10, 1.6 + 0.27 * len(rows)), beside=True)
 
 
+def by_class(rows, which, competitors):
+    "class of layer -> the geometric mean of these competitors' times over flashconv's."
+    times = {}
+    for row in rows:
+        found = ratios([row], which, competitors, FORMATS[:1])
+        times.setdefault(CLASSES.get(row["kind"], row["kind"]), []).extend(found.values())
+    return {name: exp(sum(map(log, each)) / len(each)) for name, each in times.items() if each}
+
+
 def draw_classes(rows, path):
     "The same in geometric means, a line a class of layer, narrow enough for a phone."
-    classes = {}
-    for row in rows: classes.setdefault(CLASSES.get(row["kind"], row["kind"]), []).append(row)
-    def found(which, competitors):
-        each = {name: ratios(members, which, competitors, FORMATS[:1]).values()
-                for name, members in classes.items()}
-        return {name: exp(sum(map(log, times)) / len(times))
-                for name, times in each.items() if times}
-    picture(list(classes), [mark for mark in MARKS if mark[1] != (PLAIN,)], found, path,
-            (4.6, 1.6 + 0.46 * len(classes)), beside=False)
+    names = list(dict.fromkeys(CLASSES.get(row["kind"], row["kind"]) for row in rows))
+    marks = [mark for mark in MARKS if mark[1] != (PLAIN,)]
+    def found(which, competitors): return by_class(rows, which, competitors)
+    picture(names, marks, found, path, (4.6, 1.6 + 0.46 * len(names)), beside=False)
 
 
 def picture(names, marks, found, path, size, beside):

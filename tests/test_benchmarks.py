@@ -34,6 +34,22 @@ def test_files(out):
     for name in pictures: assert ElementTree.parse(out / name).getroot().tag.endswith("svg")
 
 
+def test_what_the_home_page_says_of_its_picture(monkeypatch):
+    "mlx.nn is far to the right where the alt text says so, PyTorch for long kernels only."
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report
+    rows = json.loads((BENCHMARKS / "results.json").read_text(encoding="utf-8"))["rows"]
+    for which in report.NAMES:
+        mlx = report.by_class(rows, which, [report.NATIVE_FAST])
+        torch = report.by_class(rows, which, report.TORCH)
+        far = {name for name in mlx if name.startswith("depthwise")}
+        assert min(mlx[name] for name in far | {"dilated", "transposed", "grouped"}) > 10
+        assert torch.pop("depthwise 1d, long") > 10 > max(torch.values())
+    alt = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    assert "far to the right for dilated, transposed, grouped and depthwise layers" in alt
+    assert "around 1 for most classes and far to the right for long kernels" in alt
+
+
 def test_figures(out):
     "Those that can run have times; MLX's have a workspace; nothing is wrong."
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
