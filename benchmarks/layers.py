@@ -22,9 +22,10 @@ def main():
     def write(found):
         report.write(found, results / "results.json", results / "results.md",
                      report.markdown(found))
-        report.draw(found["rows"], pictures / "benchmark.svg")
+        report.draw(found["rows"], pictures / "benchmark_layers.svg")
+        report.draw_classes(found["rows"], pictures / "benchmark.svg")
     print(report.summary(run(SUITE, options, report.floors, write)))
-    print(f"wrote {results}/results.json, results.md and {pictures}/benchmark.svg")
+    print(f"wrote {results}/results.json, results.md and two pictures in {pictures}")
 
 
 if __name__ == "__main__": main()

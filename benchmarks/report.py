@@ -153,7 +153,14 @@ def where(found):
         f"{m['mlx']}, PyTorch {m['torch']} on {m['torch_threads']} threads.",
         "\n".join(f"- {name} BLAS: {text}" for name, text in m["blas"].items()),
         f"Milliseconds: median (minimum) of up to {found['rounds']} interleaved rounds; *once* "
-        "is a single run. A ratio is one of minima.")
+        "is a single run. A ratio is one of minima.",
+        CODES)
+
+
+CODES = ("`3x3 s2, 64->128 @56, N=4` is a kernel of 3 x 3 taps at stride 2, from 64 to 128 "
+         "channels, on 4 inputs of 56 x 56. A single number of channels stands for both. `d` is "
+         "the dilation, `g` the groups, `k` the kernel of a transposed layer. In 1d, `K` is the "
+         "kernel and `L` the length.")
 
 
 def grid(rows, which, cell):
@@ -189,32 +196,59 @@ MARKS = (  # label, competitors of which the best counts, marker, colour (Okabe 
     ("mlx.nn, fast BLAS", (NATIVE_FAST,), "o", "#E69F00"),
     ("flashconv, no kernels", (PLAIN,), "x", "#000000"),
     ("PyTorch, better format", TORCH, "D", "#0072B2"))
+CLASSES = {"few taps": "depthwise, few taps", "many taps": "depthwise, many taps",
+           "long": "depthwise 1d, long"}  # kind of row -> its name in a picture, where not its own
 
 
 def draw(rows, path):
     "Every competitor's time over flashconv's, a line a row."
+    names = [row["name"] for row in rows]
+    def found(which, competitors): return ratios(rows, which, competitors, FORMATS[:1])
+    picture(names, MARKS, found, path, (10, 1.6 + 0.27 * len(rows)), beside=True)
+
+
+def by_class(rows, which, competitors):
+    "class of layer -> the geometric mean of these competitors' times over flashconv's."
+    times = {}
+    for row in rows:
+        found = ratios([row], which, competitors, FORMATS[:1])
+        times.setdefault(CLASSES.get(row["kind"], row["kind"]), []).extend(found.values())
+    return {name: exp(sum(map(log, each)) / len(each)) for name, each in times.items() if each}
+
+
+def draw_classes(rows, path):
+    "The same in geometric means, a line a class of layer, narrow enough for a phone."
+    names = list(dict.fromkeys(CLASSES.get(row["kind"], row["kind"]) for row in rows))
+    marks = [mark for mark in MARKS if mark[1] != (PLAIN,)]
+    def found(which, competitors): return by_class(rows, which, competitors)
+    picture(names, marks, found, path, (4.6, 1.6 + 0.46 * len(names)), beside=False)
+
+
+def picture(names, marks, found, path, size, beside):
+    "A panel for each pass, and in it a line for each name: `found(pass, competitors)` by name."
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     path.parent.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"svg.hashsalt": "flashconv", "font.size": 9})
-    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(10, 1.6 + 0.27 * len(rows)),
-                                  layout="constrained")
-    for panel, which in zip(panels, NAMES): draw_panel(panel, rows, which)
-    panels[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
-    panels[0].set_ylim(len(rows) - 0.4, -0.6)
+    figure, panels = plt.subplots(*((1, 2) if beside else (2, 1)), sharey=beside, sharex=not beside,
+                                  figsize=size, layout="constrained")
+    for panel, which in zip(panels, NAMES): draw_panel(panel, names, marks, which, found)
+    for panel in panels[:1] if beside else panels:
+        panel.set_yticks(range(len(names)), names)
+        panel.set_ylim(len(names) - 0.4, -0.6)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center",
-                  ncols=len(MARKS), frameon=False)
+                  ncols=len(marks) if beside else 2, frameon=False)
     figure.supxlabel("time over flashconv's: to the right, flashconv is faster", fontsize=9)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
-def draw_panel(panel, rows, which):
-    places = {row["name"]: place for place, row in enumerate(rows)}
-    for label, names, marker, colour in MARKS:
-        found = ratios(rows, which, names, FORMATS[:1])
-        panel.plot(list(found.values()), [places[name] for name in found], marker, color=colour,
+def draw_panel(panel, names, marks, which, found):
+    places = {name: place for place, name in enumerate(names)}
+    for label, competitors, marker, colour in marks:
+        times = found(which, competitors)
+        panel.plot(list(times.values()), [places[name] for name in times], marker, color=colour,
                    label=label, markersize=5, clip_on=False)
     panel.axvline(1, color="0.4", linewidth=1)
     panel.set_xscale("log")

@@ -16,9 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from fastcore.basics import patch
 
-from .arithmetic import (
-    PADDINGS, _STRIDED_SAME, as_int, as_ints, as_pairs, as_tuple, causal_rule, check_limit,
-    fixed_pair, is_channels_last, is_one_of, is_paired, same_upper_padding)
+from .arguments import (
+    PADDINGS, as_int, as_ints, as_pairs, as_tuple, is_channels_last, is_one_of, is_paired)
+from .arithmetic import fixed_pair, same_upper_padding
+from .arithmetic import _STRIDED_SAME
+from .geometry import causal_rule, check_limit
 
 # %% ../nbs/04_base.ipynb #c2fd3d39
 class _ConvNd(nn.Module):

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .arithmetic import as_int, check_limit
+from .arguments import as_int
+from .geometry import check_limit
 
 # %% ../nbs/10_blas.ipynb #3f216ac1
 def gflops(

@@ -10,7 +10,7 @@ import mlx.core as mx
 from fastcore.basics import patch
 
 from . import functional
-from .arithmetic import as_ints, as_tuple, is_one_of, kept_padding
+from .arguments import as_ints, as_tuple, is_one_of, kept_padding
 from .base import _ConvNd, _stream
 from .padding import check_array
 from .plain import check_fixed, is_plain

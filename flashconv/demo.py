@@ -13,7 +13,7 @@ from io import BytesIO
 from time import perf_counter
 from typing import NamedTuple
 
-import flashconv as nn
+import flashconv as fc
 import mlx.core as mx
 import numpy as np
 from matplotlib import style
@@ -107,9 +107,9 @@ def gaussian(
 # %% ../nbs/tutorials/photograph.ipynb #78e645df
 def blur(
     size: int = 13,  # taps per axis, odd
-) -> nn.Conv2d:  # for three colours
+) -> fc.Conv2d:  # for three colours
     "A layer that blurs each colour."
-    layer = nn.Conv2d(3, 3, size, padding="same", groups=3, bias=False, padding_mode="reflect")
+    layer = fc.Conv2d(3, 3, size, padding="same", groups=3, bias=False, padding_mode="reflect")
     layer.weight = mx.broadcast_to(gaussian(size), (3, 1, size, size))
     return layer
 
@@ -122,9 +122,9 @@ def sobel() -> mx.array:  # (2, 3, 3): across, and down
 # %% ../nbs/tutorials/photograph.ipynb #f062fc82
 def edges(
     dilation: int = 1,  # distance between neighbouring taps
-) -> nn.Conv2d:  # from three colours to two differences
+) -> fc.Conv2d:  # from three colours to two differences
     "A layer that finds edges: how grey changes across and down."
-    layer = nn.Conv2d(3, 2, 3, padding="same", dilation=dilation, bias=False,
+    layer = fc.Conv2d(3, 2, 3, padding="same", dilation=dilation, bias=False,
                       padding_mode="reflect")
     grey = mx.array([0.3, 0.6, 0.1]).reshape(1, 3, 1, 1)
     layer.weight = sobel()[:, None] * grey
@@ -133,9 +133,9 @@ def edges(
 # %% ../nbs/tutorials/photograph.ipynb #af313a5b
 def shrink(
     step: int = 8,  # pixels per axis that become one
-) -> nn.Conv2d:  # for three colours
+) -> fc.Conv2d:  # for three colours
     "A layer that replaces each block of pixels by its mean."
-    layer = nn.Conv2d(3, 3, step, stride=step, groups=3, bias=False)
+    layer = fc.Conv2d(3, 3, step, stride=step, groups=3, bias=False)
     layer.weight = mx.full((3, 1, step, step), 1 / step**2)
     return layer
 
@@ -150,9 +150,9 @@ def tent(
 # %% ../nbs/tutorials/photograph.ipynb #c24fb7ba
 def enlarge(
     step: int = 8,  # pixels per axis for each one of the input, even
-) -> nn.ConvTranspose2d:  # for three colours with a rim of one pixel, which it cuts off
+) -> fc.ConvTranspose2d:  # for three colours with a rim of one pixel, which it cuts off
     "A layer that enlarges each colour and blends between the pixels."
-    layer = nn.ConvTranspose2d(3, 3, 2 * step, stride=step, padding=3 * step // 2, groups=3,
+    layer = fc.ConvTranspose2d(3, 3, 2 * step, stride=step, padding=3 * step // 2, groups=3,
                                bias=False)
     layer.weight = mx.broadcast_to(tent(step), (3, 1, 2 * step, 2 * step))
     return layer
@@ -160,9 +160,9 @@ def enlarge(
 # %% ../nbs/tutorials/photograph.ipynb #313345d6
 def shift_colours(
     by: int = 8,  # pixels that red moves to the left, and blue to the right
-) -> nn.Conv2d:  # for three colours
+) -> fc.Conv2d:  # for three colours
     "A layer that moves the colours apart, like a misprint."
-    layer = nn.Conv2d(3, 3, (1, 2 * by + 1), padding="same", groups=3, bias=False,
+    layer = fc.Conv2d(3, 3, (1, 2 * by + 1), padding="same", groups=3, bias=False,
                       padding_mode="reflect")
     places = mx.array([2 * by, by, 0]).reshape(3, 1, 1, 1)
     layer.weight = (mx.arange(2 * by + 1) == places).astype(mx.float32)
@@ -170,7 +170,7 @@ def shift_colours(
 
 # %% ../nbs/tutorials/photograph.ipynb #f6905c2c
 def ink(
-    layer: nn.Conv2d,  # with a kernel of 1 x 1, from three colours and any number of edges
+    layer: fc.Conv2d,  # with a kernel of 1 x 1, from three colours and any number of edges
 ) -> None:
     "Set the weight that subtracts edges from colours, and the bias that lifts the dark."
     weight = mx.concatenate([0.7 * mx.eye(3), mx.full((3, layer.in_channels - 3), -1.0)], axis=1)
@@ -194,7 +194,7 @@ class Step(NamedTuple):
 def apply(
     name: str,  # what the layer shows
     caption: str,  # how; {size} and {channels} become width x height after and channels before
-    layer: nn.Conv2d | nn.ConvTranspose2d | nn.LazyConv2d,  # what is called
+    layer: fc.Conv2d | fc.ConvTranspose2d | fc.LazyConv2d,  # what is called
     x: mx.array,  # (channels, height, width)
     prepare=None,  # called with the layer after its first call, to set its weight
 ) -> Step:
@@ -220,12 +220,12 @@ def develop(
     yield (coarse := apply("dilated", "dilation=4: the same taps, 4 pixels apart",
                            edges(dilation=4), photo))
     yield (small := apply("strided", "Conv2d, stride=8: down to {size}", shrink(8), photo))
-    framed = nn.functional.pad(small.output, (1, 1, 1, 1), "replicate")
+    framed = fc.functional.pad(small.output, (1, 1, 1, 1), "replicate")
     yield apply("transposed", "ConvTranspose2d, stride=8: up to {size}", enlarge(8), framed)
     yield apply("grouped", "groups=3: red goes left, blue goes right", shift_colours(8), photo)
     stack = mx.concatenate([soft.output, strength(fine.output), strength(coarse.output)])
     yield apply("lazy", "LazyConv2d: counts {channels} channels, mixes them",
-                nn.LazyConv2d(3, 1), stack, ink)
+                fc.LazyConv2d(3, 1), stack, ink)
 
 # %% ../nbs/tutorials/photograph.ipynb #b3e6349b
 def _parser():

@@ -34,8 +34,8 @@ from matplotlib.path import Path as Outline
 from matplotlib.textpath import TextPath
 from PIL import Image
 
-from . import arithmetic, functional
-from .arithmetic import as_int, as_ints, as_padding, is_paired
+from . import arithmetic, functional, geometry
+from .arguments import as_int, as_ints, as_padding, is_paired
 from .base import _ConvNd
 from .conv import Conv1d
 from .dilation import coverage
@@ -881,7 +881,7 @@ def _run(kernel, bias, input, stride, padding, dilation, output_padding, transpo
                          f"{output_padding}")
     x, w = (mx.array(a, mx.float32)[None, None] for a in (input, kernel))
     output = run(x, w, None, stride, padding, *after, dilation)
-    amounts = arithmetic._padding_amounts(padding, input.shape, kernel.shape, stride, dilation,
+    amounts = geometry._padding_amounts(padding, input.shape, kernel.shape, stride, dilation,
                                           transposed)
     if transposed:
         output_padding = tuple(extra + max(-behind, 0)

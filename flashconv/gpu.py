@@ -21,7 +21,7 @@ import numpy as np
 from .algorithms import choice, derivatives
 from .algorithms.gpu import kind_of, winners_file
 from .algorithms.record import Call, as_on, backend
-from .arithmetic import conv_geometry
+from .geometry import conv_geometry
 
 # %% ../nbs/31_gpu.ipynb #20bd3696
 class Layer(NamedTuple):

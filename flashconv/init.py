@@ -19,7 +19,7 @@ from numbers import Number, Real
 import mlx.core as mx
 import mlx.nn as nn
 
-from .arithmetic import as_int
+from .arguments import as_int
 from .base import _ConvNd
 
 # %% ../nbs/19_init.ipynb #27188147

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from fastcore.basics import patch
 
-from .arithmetic import as_int
+from .arguments import as_int
 from .base import _ConvNd, _flag
 from .conv import Conv1d, Conv2d, Conv3d
 from .padding import check_array

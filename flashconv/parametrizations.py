@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .arithmetic import as_int
+from .arguments import as_int
 from .base import _ConvNd, _Frozen
 from .lazy import _Lazy
 

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 
 import mlx.core as mx
 
-from .arithmetic import Geometry
+from .geometry import Geometry
 
 # %% ../nbs/18_plain.ipynb #e522772c
 _mode = ContextVar("plain_operations", default=False)

@@ -13,7 +13,9 @@ import mlx.nn as nn
 from fastcore.basics import patch
 
 from . import functional
-from .arithmetic import _cut, as_int, as_ints, as_padding, effective_kernel_size, fixed_pair
+from .arguments import as_int, as_ints, as_padding
+from .arithmetic import effective_kernel_size, fixed_pair
+from .arithmetic import _cut
 from .base import _ConvNd, _stream
 from .conv import Conv1d, _Conv
 from .lazy import _Lazy

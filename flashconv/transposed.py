@@ -12,8 +12,8 @@ import mlx.core as mx
 from fastcore.basics import patch
 
 from . import functional
-from .arithmetic import (
-    as_ints, as_padding, as_tuple, is_one_of, kept_padding, transposed_output_size)
+from .arguments import as_ints, as_padding, as_tuple, is_one_of, kept_padding
+from .arithmetic import transposed_output_size
 from .base import _ConvNd, _stream
 from .padding import check_array
 from .plain import is_plain, refuse

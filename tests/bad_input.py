@@ -32,6 +32,7 @@ import mlx.utils
 import numpy as np
 
 import flashconv
+import flashconv.arguments
 import flashconv.arithmetic
 from flashconv.lazy import UninitializedParameter
 
@@ -274,7 +275,7 @@ alone("others", "arithmetic.output_padding_for", output_size=(16, 16), input_siz
 alone("others", "arithmetic.same_padding", kernel_size=(3, 4), dilation=2)
 alone("others", "arithmetic.same_upper_padding", input_size=(8, 9), kernel_size=3, stride=2,
       dilation=1)
-alone("others", "arithmetic.is_channels_last", data_format="channels_last")
+alone("others", "arguments.is_channels_last", data_format="channels_last")
 @functools.cache
 def _exported():
     "A network made of its exported program, once."

@@ -19,9 +19,10 @@ pytest.importorskip("matplotlib", reason="the pictures need it")
 bad_input = importlib.import_module("bad_input")
 
 NOT_CALLED_BY_USERS = {  # public to other modules, which pass what has been checked
-    "arithmetic": {"as_int", "is_one_of", "as_ints", "as_tuple", "check_limit", "conv_geometry",
-                   "Geometry", "ReceptiveField", "PADDINGS", "is_paired", "as_pairs", "as_padding",
-                   "kept_padding", "fixed_pair", "causal_rule"},
+    "arguments": {"as_int", "as_tuple", "as_ints", "PADDINGS", "is_one_of", "is_paired", "as_pairs",
+                  "as_padding", "kept_padding"},
+    "arithmetic": {"ReceptiveField", "fixed_pair"},
+    "geometry": {"check_limit", "Geometry", "conv_geometry", "causal_rule"},
     "padding": {"check_array", "flip", "pad_axes"}, "blas": {"Info"}, "base": {"IncompatibleKeys"},
     "draw": {"Picture", "BLUE", "ORANGE", "CYAN", "INK", "GREY", "PAPER", "WIDTH", "HEIGHT",
              "FONT"},
@@ -46,8 +47,9 @@ def test_nonsense(group):
 
 def test_every_public_function_is_attacked():
     subjects = {name.rpartition(".")[2] for group in bad_input.SUBJECTS.values() for name in group}
-    modules = ("arithmetic", "padding", "dilation", "functional", "base", "conv", "transposed",
-               "lazy", "convert", "draw", "blas", "memory", "algorithms.explain", "init", "plain")
+    modules = ("arguments", "arithmetic", "geometry", "padding", "dilation", "functional", "base",
+               "conv", "transposed", "lazy", "convert", "draw", "blas", "memory",
+               "algorithms.explain", "init", "plain")
     names = set(flashconv.__all__) - {"blas", "distributed", "functional", "init", "streaming"}
     for module in modules:
         public = importlib.import_module(f"flashconv.{module}").__all__

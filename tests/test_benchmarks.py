@@ -28,9 +28,26 @@ def out(tmp_path_factory):
     return folder
 
 
-def test_three_files(out):
-    assert {path.name for path in out.iterdir()} == {"results.json", "results.md", "benchmark.svg"}
-    assert ElementTree.parse(out / "benchmark.svg").getroot().tag.endswith("svg")
+def test_files(out):
+    pictures = {"benchmark.svg", "benchmark_layers.svg"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "results.md"} | pictures
+    for name in pictures: assert ElementTree.parse(out / name).getroot().tag.endswith("svg")
+
+
+def test_what_the_home_page_says_of_its_picture(monkeypatch):
+    "mlx.nn is far to the right where the alt text says so, PyTorch for long kernels only."
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report
+    rows = json.loads((BENCHMARKS / "results.json").read_text(encoding="utf-8"))["rows"]
+    for which in report.NAMES:
+        mlx = report.by_class(rows, which, [report.NATIVE_FAST])
+        torch = report.by_class(rows, which, report.TORCH)
+        far = {name for name in mlx if name.startswith("depthwise")}
+        assert min(mlx[name] for name in far | {"dilated", "transposed", "grouped"}) > 10
+        assert torch.pop("depthwise 1d, long") > 10 > max(torch.values())
+    alt = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    assert "far to the right for dilated, transposed, grouped and depthwise layers" in alt
+    assert "around 1 for most classes and far to the right for long kernels" in alt
 
 
 def test_figures(out):

@@ -11,7 +11,7 @@ import flashconv as fc
 import flashconv.functional as F
 from flashconv.algorithms import choice, tiles
 from flashconv.algorithms.record import Call, as_on
-from flashconv.arithmetic import conv_geometry
+from flashconv.geometry import conv_geometry
 
 pytestmark = pytest.mark.usefixtures("without_kernels")  # test_kernels.py is about those
 

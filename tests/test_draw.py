@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import flashconv as nn
-from flashconv import arithmetic, draw, functional
+from flashconv import arguments, arithmetic, draw, functional
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -202,7 +202,7 @@ def test_every_step_uses_the_orange_cells(cls, size, args, options):
         unit.ravel()[step] = 1
         reached = np.array(layer(mx.array(unit, mx.float32)[None])[0]) != bias
         cut = tuple(slice(p, n - p) for p, n in zip(
-            arithmetic.as_ints(layer.padding, unit.ndim, "padding"), drawn["taps"].shape))
+            arguments.as_ints(layer.padding, unit.ndim, "padding"), drawn["taps"].shape))
         assert (reached == drawn["taps"][cut]).all()
 
 
@@ -301,8 +301,8 @@ def test_groups():
 def test_overlap_counts(kernel, stride, size, options):
     drawn = draw.overlap(kernel, stride, size, **options).numbers["counts"]
     n = drawn.ndim
-    x = mx.ones((1, *arithmetic.as_ints(size, n, "size")))
-    w = mx.ones((1, 1, *arithmetic.as_ints(kernel, n, "kernel")))
+    x = mx.ones((1, *arguments.as_ints(size, n, "size")))
+    w = mx.ones((1, 1, *arguments.as_ints(kernel, n, "kernel")))
     conv = functional.conv_transpose1d if n == 1 else functional.conv_transpose2d
     assert drawn.tolist() == conv(x, w, stride=stride, **options)[0].tolist()
 

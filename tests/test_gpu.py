@@ -10,7 +10,7 @@ import pytest
 from flashconv.algorithms import choice, derivatives, gpu, native
 from flashconv.algorithms.native import as_convolution
 from flashconv.algorithms.record import as_on
-from flashconv.arithmetic import conv_geometry
+from flashconv.geometry import conv_geometry
 
 BACKENDS = "metal", "cuda"
 

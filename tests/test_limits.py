@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from flashconv.algorithms import choice, derivatives
-from flashconv.arithmetic import conv_geometry
+from flashconv.geometry import conv_geometry
 
 pytestmark = pytest.mark.usefixtures("without_kernels")  # MLX doesn't count what those hold
 

@@ -38,7 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "mutants.jsonl"
 WORKERS, MEMORY, SEED = 2, 8 * 2**30, 0
 TESTS = {  # module: (size of its sample, the quick tests that own it, the slow ones)
-    "arithmetic": (120, "arithmetic errors pad layers choice", "transforms functional"),
+    "arguments": (30, "errors pad layers", "transforms functional"),
+    "arithmetic": (60, "arithmetic errors pad layers choice", "transforms functional"),
+    "geometry": (40, "errors pad layers choice", "transforms functional"),
     "padding": (70, "pad errors layers", "transforms functional"),
     "dilation": (16, "", "transforms"), "memory": (16, "memory", ""), "blas": (16, "", "blas"),
     "functional": (30, "errors layers choice random", "transforms functional"),

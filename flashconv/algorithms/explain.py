@@ -18,7 +18,8 @@ import mlx.core as mx
 from . import choice, derivatives
 from .fft import spectrum_flops
 from .weights import rearranged
-from ..arithmetic import as_ints, check_limit, is_one_of
+from ..arguments import as_ints, is_one_of
+from ..geometry import check_limit
 
 # %% ../../nbs/algorithms/explain.ipynb #7d10d722
 class Run(NamedTuple):

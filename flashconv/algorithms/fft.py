@@ -15,8 +15,8 @@ from .native import as_convolution
 from .record import A_STEP, Algorithm
 from .tiles import (
     held_in_tiles, in_tiles, in_turn, runs, tile_bytes, whole_bytes)
-from ..arithmetic import Geometry
 from ..dilation import insert_zeros
+from ..geometry import Geometry
 from ..padding import flip, pad_axes
 
 # %% ../../nbs/algorithms/fft.ipynb #b7edd928

@@ -11,7 +11,7 @@ from math import prod
 import mlx.core as mx
 
 from .record import Algorithm, backend
-from ..arithmetic import Geometry
+from ..geometry import Geometry
 from ..kernels import primitive
 
 # %% ../../nbs/algorithms/kernel.ipynb #63f7215c

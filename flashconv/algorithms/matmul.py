@@ -14,7 +14,7 @@ from .record import A_STEP, Algorithm, backend
 from .taps import as_products_need
 from .tiles import (
     by_taps, held_in_tiles, in_tiles, summed_in_turn, tile_bytes, whole_bytes)
-from ..arithmetic import Geometry
+from ..geometry import Geometry
 from ..padding import pad_axes
 
 # %% ../../nbs/algorithms/matmul.ipynb #80a83f53

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import mlx.core as mx
 from fastcore.basics import patch
 
-from ..arithmetic import Geometry, is_one_of
+from ..arguments import is_one_of
+from ..geometry import Geometry
 
 # %% ../../nbs/algorithms/record.ipynb #19c20cb7
 class Call(NamedTuple):

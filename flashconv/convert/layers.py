@@ -15,7 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..arithmetic import _cut, as_ints, as_padding, fixed_pair, is_paired
+from ..arguments import as_ints, as_padding, is_paired
+from ..arithmetic import fixed_pair
+from ..arithmetic import _cut
 from ..base import _Frozen, _places, _under_new_names
 from ..conv import Conv1d, Conv2d, Conv3d
 from ..lazy import (

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from fastcore.basics import patch
 
-from ..arithmetic import as_ints, as_tuple, is_channels_last
+from ..arguments import as_ints, as_tuple, is_channels_last
 from ..unfold import Fold, Unfold
 
 # %% ../../nbs/16_leaves.ipynb #88e89fc9

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from fastcore.basics import patch
 
 from .. import functional
-from ..arithmetic import as_tuple, is_channels_last
+from ..arguments import as_tuple, is_channels_last
 from ..base import _UNNAMED, _ConvNd, _state_places
 from flashconv.convert.layers import (
     _OURS, _Memory, _as_array, _attributes, _bare, _class_of, _extras, _fill, _hang_attributes,

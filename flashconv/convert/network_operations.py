@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import functional
-from ..arithmetic import as_ints
+from ..arguments import as_ints
 from flashconv.convert.leaves import (
     AlphaDropout, AvgPool, ChannelShuffle, Fold, MaxPool, PixelUnshuffle, Unfold, Upsample, _views,
     _wide)

@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from fastcore.basics import patch
 
-from ..arithmetic import (
-    as_int, as_ints, effective_kernel_size, is_channels_last, is_one_of, transposed_output_size)
+from ..arguments import as_int, as_ints, is_channels_last, is_one_of
+from ..arithmetic import effective_kernel_size, transposed_output_size
 from ..base import _PADDING_MODES, _UNNAMED, _ConvNd, _listed
 from .group import Grouped, agree, as_group, check_same, in_order
 from ..lazy import _Lazy
