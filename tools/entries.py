@@ -1,9 +1,10 @@
-"""The entries of the reference, mended after nbdev has written them. settings.ini names `entries`.
+"""The entries of the reference, mended after nbdev has written them: settings.ini names `entries`.
 
 What belongs to a private class has no entry of its own, unless a page shows it on purpose. A named
 tuple shows its fields. Other classes without arguments of their own show what they derive from, and
-so do base classes, whose arguments are those of the classes derived from them. A function that
-another one makes has a link to the lines where that happens.
+so do base classes, whose arguments are those of the classes derived from them. Arguments that an
+entry shares with one before it on the page are not listed again. A function that another one makes
+has a link to the lines where that happens.
 """
 import importlib
 import inspect
@@ -12,23 +13,38 @@ import sys
 from pathlib import Path
 
 from nbdev.config import get_config
+from nbdev.process import Processor
 
 _LINK = '[source]({url}){{target="_blank" style="float:right; font-size:smaller"}}\n\n'
 _NO_WORDS = "*Call self as a function.*"  # what Python says of a function that says nothing
+_MANY = 6  # arguments, from which on a second list of them only takes room
 _HEAD = re.compile(r"```python\n(.*?)```", re.S)
 
 
-def entries(cell):
-    "Mend the entry that a cell shows; nbdev calls this for each cell of each page."
-    found = re.search(r"^show_doc\(([\w.]+)", cell.get("source", ""), re.M)
-    if not found: return
-    if getattr(cell, "has_sd", False) and found[1].startswith("_"): del cell["source"]
-    else:
-        for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            if "text/markdown" in data:
+class entries(Processor):
+    "Mend the entries of a page; nbdev calls this for each of its cells."
+    def begin(self): self.shown = {}  # arguments -> the name that they were listed for
+
+    def cell(self, cell):
+        found = re.search(r"^show_doc\(([\w.]+)", cell.get("source", ""), re.M)
+        if not found: return
+        if getattr(cell, "has_sd", False) and found[1].startswith("_"): del cell["source"]
+        else:
+            for output in cell.get("outputs", []):
+                data = output.get("data", {})
+                if "text/markdown" not in data: continue
                 text = mended("".join(data["text/markdown"]), found[1])
-                data["text/markdown"] = text.splitlines(keepends=True)
+                data["text/markdown"] = self.once(text, found[1]).splitlines(keepends=True)
+
+    def once(self, text, name):
+        "The entry without arguments that were listed before."
+        head = _HEAD.search(text)
+        arguments = head and head[1].partition("(")[2]
+        if not arguments or arguments.count("\n") < _MANY: return text
+        first = self.shown.setdefault(arguments, name)
+        if first == name: return text
+        return _HEAD.sub(lambda _: f"```python\ndef {name}(...)  # the arguments of {first}\n```", text,
+                         count=1)
 
 
 def mended(text, name):
