@@ -17,7 +17,7 @@ from nbdev.process import Processor
 
 _LINK = '[source]({url}){{target="_blank" style="float:right; font-size:smaller"}}\n\n'
 _NO_WORDS = "*Call self as a function.*"  # what Python says of a function that says nothing
-_MANY = 6  # arguments, from which on a second list of them only takes room
+_MANY = 4  # arguments, from which on a second list of them only takes room
 _HEAD = re.compile(r"```python\n(.*?)```", re.S)
 
 
