@@ -4,12 +4,13 @@ What belongs to a private class has no entry of its own, unless a page shows it 
 tuple shows its fields. Other classes without arguments of their own show what they derive from, and
 so do base classes, whose arguments are those of the classes derived from them. Arguments that an
 entry shares with one before it on the page are not listed again. A function that another one makes
-has a link to the lines where that happens.
+has a link to the lines where that happens. Entries stand in the order of the source.
 """
 import importlib
 import inspect
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from nbdev.config import get_config
@@ -23,7 +24,13 @@ _HEAD = re.compile(r"```python\n(.*?)```", re.S)
 
 class entries(Processor):
     "Mend the entries of a page; nbdev calls this for each of its cells."
-    def begin(self): self.shown = {}  # arguments -> the name that they were listed for
+    def begin(self):
+        self.shown = {}  # arguments -> the name that they were listed for
+        cells = self.nb.cells
+        for _, run in groupby(range(len(cells)), lambda i: getattr(cells[i], "has_sd", False)):
+            run = list(run)
+            if not getattr(cells[run[0]], "has_sd", False): continue
+            for i, cell in zip(run, sorted((cells[i] for i in run), key=_line)): cells[i] = cell
 
     def cell(self, cell):
         found = re.search(r"^show_doc\(([\w.]+)", cell.get("source", ""), re.M)
@@ -45,6 +52,14 @@ class entries(Processor):
         if first == name: return text
         return _HEAD.sub(lambda _: f"```python\ndef {name}(...)  # the arguments of {first}\n```", text,
                          count=1)
+
+
+def _line(cell):
+    "Where the source of an entry begins."
+    text = "".join("".join(output.get("data", {}).get("text/markdown", ""))
+                   for output in cell.get("outputs", []))
+    found = re.search(r"\.py#L(\d+)", text)
+    return int(found[1]) if found else 0
 
 
 def mended(text, name):
