@@ -22,7 +22,7 @@ from .arithmetic import (
 
 # %% ../nbs/04_base.ipynb #c2fd3d39
 class _ConvNd(nn.Module):
-    """What every convolution layer is: a weight, perhaps a bias, and the numbers of the call.
+    """The base of every convolution layer: a weight, perhaps a bias, and the numbers of the call.
 
     Attributes are read at each call, so a changed one takes effect. Weights have PyTorch's shape
     in both data formats. Raises `ValueError` and `TypeError` for arguments that no call could use.

@@ -268,7 +268,7 @@ class Info(NamedTuple):
 
 # %% ../nbs/10_blas.ipynb #2527b11a
 def info() -> Info:
-    "What MLX multiplies with on the CPU, why, and how fast: it takes a tenth of a second or two."
+    "What MLX multiplies with on the CPU, why, and how fast, which is measured."
     library, apple = _in_use(), "Accelerate" if sys.platform == "darwin" else "MLX's own"
     name, threads = _make(library) if library else (apple, None)
     return Info(name, library, threads, gflops(), _reason)

@@ -88,8 +88,8 @@ class Conv1d(_Conv):
 
     Along each axis i becomes
     floor((i + 2 * padding - dilation * (kernel_size - 1) - 1) / stride) + 1.
-    Two values on each side make of 1234, by `padding_mode`: 00123400 (zeros), 32123432 (reflect),
-    11123444 (replicate), 34123412 (circular).
+    Padded by two on each side, 1234 becomes 00123400 (zeros), 32123432 (reflect), 11123444
+    (replicate) or 34123412 (circular).
     `padding` may also be pairs, (before, after) per axis, 'same', 'valid', 'causal',
     'same_upper' or 'same_lower'.
     The weight is `(out_channels, in_channels/groups, k)`. Raises `ValueError` and
@@ -108,8 +108,8 @@ class Conv2d(_Conv):
 
     Along each axis i becomes
     floor((i + 2 * padding - dilation * (kernel_size - 1) - 1) / stride) + 1.
-    Two values on each side make of 1234, by `padding_mode`: 00123400 (zeros), 32123432 (reflect),
-    11123444 (replicate), 34123412 (circular).
+    Padded by two on each side, 1234 becomes 00123400 (zeros), 32123432 (reflect), 11123444
+    (replicate) or 34123412 (circular).
     `padding` may also be pairs, (before, after) per axis, 'same', 'valid',
     'same_upper' or 'same_lower'.
     The weight is `(out_channels, in_channels/groups, kh, kw)`. Raises `ValueError` and
@@ -128,8 +128,8 @@ class Conv3d(_Conv):
 
     Along each axis i becomes
     floor((i + 2 * padding - dilation * (kernel_size - 1) - 1) / stride) + 1.
-    Two values on each side make of 1234, by `padding_mode`: 00123400 (zeros), 32123432 (reflect),
-    11123444 (replicate), 34123412 (circular).
+    Padded by two on each side, 1234 becomes 00123400 (zeros), 32123432 (reflect), 11123444
+    (replicate) or 34123412 (circular).
     `padding` may also be pairs, (before, after) per axis, 'same', 'valid',
     'same_upper' or 'same_lower'.
     The weight is `(out_channels, in_channels/groups, kd, kh, kw)`. Raises `ValueError` and

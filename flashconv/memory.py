@@ -16,8 +16,8 @@ _MLX_LIMIT, _LIMIT = 32 * 2**20, 2**30  # bytes
 def raise_cache_limit() -> None:
     """Have MLX keep up to 1 GiB of freed memory where it keeps 32 MiB, which is on CPUs.
 
-    Called once, by `import flashconv`, unless FLASHCONV_EFFECTS is "off". Another limit than MLX's
-    own is somebody's choice, and stays; `mx.set_cache_limit` after the import has the last word.
+    Called once, by `import flashconv`, unless FLASHCONV_EFFECTS is "off". A limit other than MLX's
+    own was somebody's choice, and stays; `mx.set_cache_limit` after the import has the last word.
     MLX: <https://ml-explore.github.io/mlx/build/html/python/memory_management.html>
     """
     if mx.default_device().type == mx.gpu: return

@@ -199,7 +199,7 @@ def initial_state(
     """The state of a model before the first chunk.
 
     Raises `ValueError` naming the first layer that looks at later inputs or mixes samples in
-    another way, `TypeError` for what is no module.
+    another way, `TypeError` for anything but a module.
     """
     return {path: _initial(layer, batch) for path, layer in _streamed(model).items()}
 

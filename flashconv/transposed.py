@@ -20,7 +20,7 @@ from .plain import is_plain, refuse
 
 # %% ../nbs/06_transposed.ipynb #213cf011
 class _ConvTransposeNd(_ConvNd):
-    """What every transposed layer is: a base layer that pads with zeros only.
+    """The base of every transposed layer: a layer that pads with zeros only.
 
     Raises `ValueError` for other padding modes, and what the base layer raises.
     PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose2d.html>

@@ -464,7 +464,7 @@ def to_torch(
     same. Keeps dtype, training mode, what is frozen and what a subclass or others have added:
     arrays (frozen ones become buffers) and plain attributes, not `device`. Raises `ImportError`
     without PyTorch, `TypeError` for other types, `ValueError` for subclasses that replace a method,
-    for layers in `layer` and for padding that PyTorch has not.
+    for layers in `layer` and for padding that PyTorch lacks.
     """
     if isinstance(layer, _Parametrized): return _norms_to_torch(layer)
     cls = _class_of(layer, "flashconv", _OURS)

@@ -62,7 +62,7 @@ def upgrade(
     Weights are shared, as views in PyTorch's shape; dtype, mode and what is frozen stay. Inputs
     are the same, but must have the weight's dtype and a size that PyTorch accepts. Added arrays and
     attributes come along. Warns of what stays: subclasses that replace or add a method, and layers
-    in tuples. Raises `TypeError` for what is no module.
+    in tuples. Raises `TypeError` for anything but a module.
     """
     return _exchange(model, _MLX, from_mlx)
 
@@ -74,7 +74,7 @@ def downgrade(
 
     Warns of each layer that stays, with what `mlx.nn` lacks or gets wrong, of those that take
     channels first, as none of `mlx.nn`'s does, and of what `upgrade` warns of. It draws from
-    `mx.random`. Raises `TypeError` for what is no module.
+    `mx.random`. Raises `TypeError` for anything but a module.
     """
     return _exchange(model, _ConvNd, _to_mlx_channels_last)
 
