@@ -18,13 +18,12 @@ from fastcore.basics import patch
 
 from .arguments import (
     PADDINGS, as_int, as_ints, as_pairs, as_tuple, is_channels_last, is_one_of, is_paired)
-from .arithmetic import fixed_pair, same_upper_padding
-from .arithmetic import _STRIDED_SAME
+from .arithmetic import _STRIDED_SAME, fixed_pair, same_upper_padding
 from .geometry import causal_rule, check_limit
 
 # %% ../nbs/04_base.ipynb #c2fd3d39
 class _ConvNd(nn.Module):
-    """What every convolution layer is: a weight, perhaps a bias, and the numbers of the call.
+    """The base of every convolution layer: a weight, perhaps a bias, and the numbers of the call.
 
     Attributes are read at each call, so a changed one takes effect. Weights have PyTorch's shape
     in both data formats. Raises `ValueError` and `TypeError` for arguments that no call could use.

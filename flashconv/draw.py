@@ -28,6 +28,7 @@ from fastcore.meta import delegates
 from matplotlib import __version__ as matplotlib_version
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
@@ -353,13 +354,14 @@ def _paths(stack):
     return levels, lines
 
 # %% ../nbs/09_draw.ipynb #14815c13
-def _draw_cone(sheet, stack, text):
+def _draw_cone(sheet, stack, what, text):
     "Levels as rows, the input on top; each cell in the middle of the inputs it depends on."
     fields = [arithmetic.receptive_field(*stack[:i]) for i in range(len(stack) + 1)]
     size, _, start = fields[-1]
     _check_drawable("layers must have a field that", (size,))
     levels, lines = _paths(stack)
-    edge = _edge(size, 1.8 * len(stack) + 1, WIDTH - 1.2)
+    edge = _edge(size, 1.8 * len(stack) + 1, WIDTH - 1.2, HEIGHT - 0.2)
+    if edge >= _LEGIBLE: sheet.word(size * edge / 2, -0.1, what)
     def corner(level, place):
         field = fields[level]
         return (field.start - start + place * field.jump + (field.size - 1) / 2) * edge
@@ -387,7 +389,9 @@ def _cone_role(place, counts):
     if place not in counts: return "padding" if place < 0 else "input"
     return "tap on padding" if place < 0 else "tap"
 
-def _fitting(text, edge): return text if edge >= 0.15 and _width(text) <= edge - 0.05 else ""
+_LEGIBLE = 0.15  # the side of a cell, in inches, from which on it has a number in it
+
+def _fitting(text, edge): return text if edge >= _LEGIBLE and _width(text) <= edge - 0.05 else ""
 
 # %% ../nbs/09_draw.ipynb #0eddcbf3
 def receptive_field(
@@ -400,7 +404,7 @@ def receptive_field(
     Raises what `flashconv.arithmetic.receptive_field` raises, `ValueError` for a stack too wide.
     """
     stack, sheet = _stack(layers, axis), _Sheet()
-    used, seen = _draw_cone(sheet, stack, lambda place, counts, edge:
+    used, seen = _draw_cone(sheet, stack, "places of the inputs", lambda place, counts, edge:
                             _fitting(_number(place, 0), edge))
     alt = (f"{len(stack)} layers drawn as a cone. Output 0 sees {seen.size} inputs, from "
            f"{seen.start} to {seen.start + seen.size - 1}; the next output's field begins "
@@ -453,7 +457,7 @@ def _gridding(kernels, dilations):
     "A stack of dilated layers, with paths counted."
     paths, sheet = coverage(kernels, dilations), _Sheet()
     stack = [_Layer(k, 1, 0, d) for k, d in zip(kernels, dilations)]
-    _draw_cone(sheet, stack, lambda place, counts, edge:
+    _draw_cone(sheet, stack, "paths from each input to the output", lambda place, counts, edge:
                _fitting(str(counts.get(place, 0)), edge))
     blind = paths.count(0)
     used = f"of which {blind} {'are' if blind > 1 else 'is'} never used" if blind else "all used"
@@ -596,7 +600,7 @@ def _draw_sizes(ways, about):
         block = outputs.index(o) * (each + 0.6)
         x, centre = (block + i % each) * edge, (block + (each - 1) / 2) * edge
         sheet.cell(x, 0, edge, "input", _fitting(str(size), edge))
-        sheet.cell(x, 4.2 * edge, edge, "tap", _fitting(str(rest), edge))
+        sheet.cell(x, 4.2 * edge, edge, "padding", _fitting(str(rest), edge))
         sheet.cell(x, 5.3 * edge, edge, "input", _fitting(str(size), edge))
         for y in ((edge, 2.1 * edge), (4.2 * edge, 3.1 * edge)):
             sheet.line(x + edge / 2, y[0], centre + edge / 2, y[1])
@@ -612,17 +616,26 @@ def feature_maps(
     x: mx.array | None = None,  # input of the layer, (in_channels, *spatial)
     *,
     most: int = 16,  # maps drawn
+    titles: tuple | None = None,  # a word or two above each map drawn
+    signed: bool = False,  # whether 0 is white, orange above it and blue below, instead of grey
 ) -> Picture:
-    """Channels of an output as grey pictures, the lowest value black, the highest white.
+    """Channels of an output as images, the lowest value black, the highest white.
 
-    `ValueError` for a batch, or more axes than two besides the channels.
+    `ValueError` for a batch, more axes than two besides the channels, or too few or many titles.
     """
+    _check_type("signed", signed, bool)
     maps = _maps(layer_or_output, x)
     shown = _first(maps, most)
-    alt = (f"{len(shown)} of {len(maps)} feature maps of {_by(maps.shape[1:])}, black at "
-           f"{_number(shown.min(), 2)}, white at {_number(shown.max(), 2)}.")
+    titles = _titles(titles, len(shown))
+    low, high = (_number(value, 2) for value in (shown.min(), shown.max()))
+    colours = (f"from {low} to {high}, 0 white, orange above it, blue below" if signed
+               else f"black at {low}, white at {high}")
+    alt = (f"{len(shown)} of {len(maps)} feature maps of {_by(maps.shape[1:])}, "
+           f"{colours}{_listed(titles)}.")
     caption = f"{len(shown)} of {len(maps)} feature maps"
-    with _house(): return Picture(_svg(_images(shown), alt, caption), alt, caption, {"maps": shown})
+    with _house():
+        page = _images(shown, titles, signed)
+        return Picture(_svg(page, alt, caption), alt, caption, {"maps": shown})
 
 # %% ../nbs/09_draw.ipynb #c466e531
 def _maps(layer, x):
@@ -643,30 +656,47 @@ def _first(all, most):
     if as_int(most, "most") < 1: raise ValueError(f"most must be at least 1, but got {most}")
     return all[:most]
 
+def _titles(titles, count):
+    "A title for each of so many images; empty ones where none are given."
+    if titles is None: return [""] * count
+    if not isinstance(titles, (tuple, list)) or not all(isinstance(t, str) for t in titles):
+        raise TypeError(f"titles must be a tuple of str, but got {titles!r}")
+    if len(titles) == count: return list(titles)
+    raise ValueError(f"titles must name each of the {count} that are drawn, but got {len(titles)}")
+
+def _listed(titles): return f": {', '.join(titles)}" if any(titles) else ""
+
 # %% ../nbs/09_draw.ipynb #18a2ef32
-def _tiles(count, wide, high, gap):
+_TITLE = 0.18  # inches above an image that has a title
+
+def _tiles(count, wide, high, gap, above=0):
     "The columns with which that many tiles become largest, and the scale they then have."
     def scale(n):
         rows = ceil(count / n)
         return min((WIDTH - 2 * _RIM) / (n * (wide + gap) - gap),
-                   (HEIGHT - 2 * _RIM) / (rows * (high + gap) - gap))
+                   (HEIGHT - 2 * _RIM - rows * above) / (rows * (high + gap) - gap))
     columns = max(range(1, count + 1), key=scale)
     return columns, scale(columns)
 
 # %% ../nbs/09_draw.ipynb #6e89c297
-def _images(images):
-    "Grey pictures side by side."
+def _images(images, titles, signed):
+    "Images side by side, in grey or by their sign."
     wide, high = images.shape[2], max(images.shape[1], images.shape[2] / 12)  # strips have one axis
-    columns, scale = _tiles(len(images), wide, high, 0)
+    above = _TITLE if any(titles) else 0
+    columns, scale = _tiles(len(images), wide, high, 0, above)
     wide, high = np.array((wide, high)) * min(scale, 1.6 / wide)
-    size = np.array((columns * wide, ceil(len(images) / columns) * high)) + 2 * _RIM
-    figure = Figure(size)
-    for i, image in enumerate(images):
-        left, bottom = _RIM + i % columns * wide, size[1] - _RIM - (i // columns + 1) * high
+    rows = ceil(len(images) / columns)
+    size = np.array((columns * wide, rows * (high + above))) + 2 * _RIM
+    figure, largest = Figure(size), np.abs(images).max() or 1.0
+    shades = dict(cmap=_SIGNED, vmin=-largest, vmax=largest) if signed else dict(
+        cmap="gray", vmin=images.min(), vmax=images.max())
+    for i, (image, title) in enumerate(zip(images, titles)):
+        left, bottom = _RIM + i % columns * wide, size[1] - _RIM - (i // columns + 1) * (high + above)
         place = np.array((left + 0.02, bottom + 0.02, wide - 0.04, high - 0.04)) / np.tile(size, 2)
         ax = figure.add_axes(place, xticks=[], yticks=[])
-        ax.imshow(image, cmap="gray", vmin=images.min(), vmax=images.max(), aspect="auto")
+        ax.imshow(image, aspect="auto", **shades)
         ax.spines[:].set(visible=True, color=GREY, linewidth=0.5)
+        if title: ax.set_title(title, pad=3)
     return figure
 
 # %% ../nbs/09_draw.ipynb #cf4d8653
@@ -674,30 +704,38 @@ def kernels(
     layer,  # of one or two axes
     *,
     most: int = 8,  # kernels drawn
+    titles: tuple | None = None,  # a word or two above each kernel drawn
 ) -> Picture:
-    "The first kernels of a layer, for its first input channel: orange is above 0, blue below."
+    """The first kernels of a layer, for its first input channel: orange is above 0, blue below.
+
+    `TypeError` for other layers, `ValueError` for three axes, or too few or many titles.
+    """
     if not isinstance(layer, _ConvNd):
         raise TypeError(f"layer must be a layer of flashconv, but got {type(layer).__name__}")
     _axes(layer, None, None)
     weight = _array("weight", layer.weight)
     all = np.swapaxes(weight, 0, 1)[:, 0] if layer.transposed else weight[:, 0]
     shown, sheet = _first(all, most), _Sheet()
-    _draw_kernels(sheet, shown if shown.ndim == 3 else shown[:, None])
+    titles = _titles(titles, len(shown))
+    _draw_kernels(sheet, shown if shown.ndim == 3 else shown[:, None], titles)
     alt = (f"{len(shown)} of {len(all)} kernels of {_by(layer.kernel_size)} weights, from "
-           f"{_number(shown.min(), 2)} to {_number(shown.max(), 2)}; orange above 0, blue below.")
+           f"{_number(shown.min(), 2)} to {_number(shown.max(), 2)}; orange above 0, blue "
+           f"below{_listed(titles)}.")
     return _picture(sheet, alt, f"{len(shown)} of {len(all)} kernels", weights=shown)
 
 # %% ../nbs/09_draw.ipynb #c3407f3a
-def _draw_kernels(sheet, kernels):
+def _draw_kernels(sheet, kernels, titles):
     "Kernels side by side, shaded by their weights."
     count, high, wide = kernels.shape
-    columns, edge = _tiles(count, wide, high, 0.5)
+    above = _TITLE if any(titles) else 0
+    columns, edge = _tiles(count, wide, high, 0.5, above)
     edge, largest = min(edge, _edge(1, 1, values=kernels)), np.abs(kernels).max() or 1.0
     texts = _texts(kernels, edge)
-    for i, kernel in enumerate(kernels):
-        x, y = i % columns * (wide + 0.5) * edge, i // columns * (high + 0.5) * edge
+    for i, (kernel, title) in enumerate(zip(kernels, titles)):
+        x, y = i % columns * (wide + 0.5) * edge, i // columns * ((high + 0.5) * edge + above)
         roles = [[f"signed {round(4 * v / largest)}" for v in row] for row in kernel.tolist()]
         _grid(sheet, x, y, kernel, roles, edge, texts[i])
+        if title: sheet.word(x + wide * edge / 2, y - 0.1, title)
 
 # %% ../nbs/09_draw.ipynb #5c1d7e02
 def cells(
@@ -1034,6 +1072,7 @@ def _mix(colour, share):
 for _n in range(5): _ROLES[f"count {_n}"] = (_mix("#2bb3aa", _n / 4), INK, 0.5, "solid")
 for _n in range(-4, 5):
     _ROLES[f"signed {_n}"] = (_mix(ORANGE if _n > 0 else BLUE, abs(_n) / 4), INK, 0.5, "solid")
+_SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, PAPER, ORANGE])
 
 # %% ../nbs/09_draw.ipynb #13018f58
 class _Sheet:
@@ -1125,7 +1164,7 @@ def _texts(values, edge):
     values = np.asarray(values)
     for decimals in (2, 1):
         texts = [_number(v, decimals) for v in values.ravel().tolist()]
-        if edge >= 0.15 and max(map(_width, set(texts)), default=0) <= edge - 0.05:
+        if edge >= _LEGIBLE and max(map(_width, set(texts)), default=0) <= edge - 0.05:
             return np.array(texts, object).reshape(values.shape)
     return np.full(values.shape, "", object)
 

@@ -12,8 +12,9 @@ from functools import cached_property, lru_cache
 from math import prod
 
 from .arguments import PADDINGS, is_paired
-from .arithmetic import effective_kernel_size, output_size, transposed_output_size
-from .arithmetic import _STRIDED_SAME, _cut, _pair, _text, _too_large
+from .arithmetic import (
+    _STRIDED_SAME, _cut, _pair, _text, _too_large, effective_kernel_size, output_size,
+    transposed_output_size)
 
 # %% ../nbs/29_geometry.ipynb #3aae272a
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from fastcore.basics import patch
 
 from . import functional
 from .arguments import as_int, as_ints, as_padding
-from .arithmetic import effective_kernel_size, fixed_pair
-from .arithmetic import _cut
+from .arithmetic import _cut, effective_kernel_size, fixed_pair
 from .base import _ConvNd, _stream
 from .conv import Conv1d, _Conv
 from .lazy import _Lazy
@@ -201,7 +200,7 @@ def initial_state(
     """The state of a model before the first chunk.
 
     Raises `ValueError` naming the first layer that looks at later inputs or mixes samples in
-    another way, `TypeError` for what is no module.
+    another way, `TypeError` for anything but a module.
     """
     return {path: _initial(layer, batch) for path, layer in _streamed(model).items()}
 

@@ -183,6 +183,13 @@ BROKEN = {
                                         for name in "abcd"]),
         "nothing runs between 'def a(x): return x' and 'def d(x): return x'"),
     "a private helper": (add("code", f"{EXPORTED}def _f(x): return x"), "private and shown: _f"),
+    "an entry without a source": (add("code", "show_doc(f)", markdown("### f")), "no link to its source"),
+    "a private entry": (add("code", "show_doc(_F.f)", markdown("### _F.f")), "_F.f is private"),
+    "an entry without arguments": (
+        add("code", "show_doc(F)", markdown("### F\n\n```python\ndef F(\n    *args, **kwargs\n):\n```")),
+        "takes whatever Python takes"),
+    "an entry without words": (add("code", "show_doc(f)", markdown("### f\n\n*Call self as a function.*")),
+                               "f says nothing"),
     "no entry": (edit(PAGE, "### pad_axes", "### elsewhere"), "padding.pad_axes: no entry"),
     "no page of a module": (edit("nbs/01_padding.ipynb", "default_exp padding", "default_exp p"),
                             "padding.pad: no page"),

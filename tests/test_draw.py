@@ -323,6 +323,21 @@ def test_feature_maps():
     assert batched.shape == (3, 1, 7)
 
 
+def test_titles_and_signs():
+    "A title stands above each map or kernel; a signed map is white where it is 0."
+    maps = mx.array([[[-2.0, 0], [0, 1]]])
+    for draws in (lambda **o: draw.feature_maps(maps, **o),
+                  lambda **o: draw.kernels(filled(nn.Conv2d, 1, 1, 2), **o)):
+        plain, titled = draws(), draws(titles=("one",))
+        assert "one" in titled.alt and "one" not in plain.alt
+        assert plain.data != titled.data
+    signed = draw.feature_maps(maps, signed=True)
+    assert "0 white" in signed.alt and signed.data != draw.feature_maps(maps).data
+    figure = draw._images(np.array(maps), [""], True)
+    image = figure.axes[0].images[0]
+    assert image.cmap(image.norm(0.0))[:3] == pytest.approx((1, 1, 1), abs=0.01)
+
+
 def test_kernels():
     layer = filled(nn.ConvTranspose2d, 4, 6, 3, groups=2)
     assert (draw.kernels(layer, most=3).numbers["weights"] == np.array(layer.weight[0, :3])).all()
@@ -372,6 +387,10 @@ def test_kernels():
      lambda: draw.feature_maps(mx.ones((2, 3, 4, 5)))),
     (ValueError, "most must be at least 1, but got 0",
      lambda: draw.feature_maps(mx.ones((2, 3, 4)), most=0)),
+    (ValueError, "each of the 2 that are drawn, but got 1",
+     lambda: draw.feature_maps(mx.ones((2, 3, 4)), titles=("a",))),
+    (TypeError, "titles must be a tuple of str", lambda: draw.feature_maps(mx.ones((2, 3, 4)), titles="ab")),
+    (TypeError, "signed must be bool", lambda: draw.feature_maps(mx.ones((2, 3, 4)), signed=1)),
     (TypeError, "must be a layer of flashconv, but got int", lambda: draw.kernels(3)),
     (ValueError, "can be 'green'; roles are empty,", lambda: draw.cells({"a": [1]}, {"a": "green"}, alt="a")),
     (ValueError, "'a' has the shape", lambda: draw.cells({"a": []}, alt="a")),

@@ -558,8 +558,26 @@ def _has_comment(source):
     return any(each.type == tokenize.COMMENT and not each.string.startswith("#|")
                for each in tokens)
 
+def entries(book):
+    "An entry of the reference is of something public, leads to its source, and says what it takes."
+    for page in book.pages:
+        for cell in page.cells:
+            if not re.search(r"^show_doc\(", cell.source, re.M): continue
+            for output in cell.get("outputs", []):
+                text = output.get("data", {}).get("text/markdown", "")
+                heading = re.search(r"^### (.*)$", text, re.M)
+                if not heading: continue
+                for what, is_wrong in (
+                    ("is private", re.match(r"_\w+\.", heading[1])),
+                    ("has no link to its source", "[source](" not in text),
+                    ("takes whatever Python takes", "    *args, **kwargs\n" in text),
+                    ("says nothing", "Call self as a function" in text),
+                ):
+                    if is_wrong: yield f"{page.path}: the entry {heading[1]} {what}"
+
+
 CHECKS = (titles, openings, paragraphs, nested_links, sidebar, links, pictures, outputs, machine,
-          code, leads, names, meanings, measurements, definitions, plumbing)
+          code, leads, names, entries, meanings, measurements, definitions, plumbing)
 
 
 def problems(book):

@@ -99,8 +99,8 @@ def load_torch_state(
     asked for. What lacks the prefix is no error, and among the unexpected names. Raises
     `RuntimeError` that lists each name, shape and dtype that does not fit, with what would help,
     for a file that can't be read and for one in MLX's layout; `OSError` where there is no file,
-    `ImportError` where it takes PyTorch and there is none, `TypeError` and `ValueError` for what
-    is no model, no state or no such file.
+    `ImportError` where it takes PyTorch and there is none, `TypeError` and `ValueError` for
+    anything but a model, a state or such a file.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an mlx.nn.Module, but got {type(model)}")
@@ -156,7 +156,7 @@ def to_torch_state(
     """The parameters and buffers of `model` as PyTorch's, copied bit for bit.
 
     Raises `ImportError` without PyTorch, where `save_torch_state` does, `RuntimeError` for lazy
-    layers, and `TypeError` for what is no model.
+    layers, and `TypeError` for anything but a model.
     """
     try: import torch
     except ImportError as error:
