@@ -106,6 +106,7 @@ class _Lines:
         self.stack, self.stacks, self.kept = (), [], {}
         self.uses, self.calls, self.failed, self.stopped = [], [], set(), set()
         self.sharing, self.results, self.arguments, self.expressions = {}, {}, {}, {}
+        self.replaced, self.absorbed, self.dropped = {}, set(), set()  # by folding
         self.own_names = {key: "own_" + re.sub(r"\W", "_", key) for key in own}
         functions = {self.own_names[key]: function for key, function in own.items()}
         self.space = {"mx": mx, "math": math, "inf": math.inf, "nan": math.nan, "self": root,
@@ -228,6 +229,8 @@ def expression(self: _Lines, node, first=None):
     if key is None: raise LookupError("no equal is known")
     arguments = [self.text(value) for value in (*node.args, *_defaults(node, key))]
     if first is not None: arguments[0] = first
+    for place, name in self.replaced.get(node, {}).items():
+        arguments[place:place + 1] = [self.state.place_of(name)]
     named = {name: self.text(value) for name, value in node.kwargs.items()
              if name not in _LEFT_OUT}
     if key in self.own_names:
@@ -340,10 +343,12 @@ def look(self: _Lines, node):
 # %% ../../nbs/28_graphs.ipynb #303cac79
 @patch
 def memory(self: _Lines, node):
+    return _memory(node)
+
+def _memory(node):
     "What identifies the memory of a tensor; None for what is none."
     value = node.meta.get("val")
-    if not isinstance(value, self.torch.Tensor): return None
-    return value.untyped_storage()._cdata
+    return value.untyped_storage()._cdata if hasattr(value, "untyped_storage") else None
 
 # %% ../../nbs/28_graphs.ipynb #12f16052
 @patch
@@ -386,7 +391,7 @@ def graph(self: _Lines, graph):
     "All lines of a graph; returns what it gives back."
     for node in graph.nodes:
         if node.op == "output": return node.args[0]
-        if node.op == "call_function":
+        if node.op == "call_function" and node not in self.dropped:
             stack = node.meta.get("nn_module_stack")
             if stack: self.stack = tuple(call for call, _ in list(stack.values())[1:])
             self.node(node)
@@ -400,6 +405,9 @@ def node(self: _Lines, node):
     if isinstance(target, torch._ops.HigherOrderOperator): return self.block(node)
     if not isinstance(target, torch._ops.OpOverload): return self.number(node)
     if self.is_unknown_number(node): return
+    if node in self.absorbed:
+        self.same[node] = node.args[0]
+        return
     name = _operation_name(node)
     self.uses.append(node)
     if name in _CHECKS: self.name[node] = "None"

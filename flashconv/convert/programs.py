@@ -24,6 +24,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/25_programs.ipynb #20c78f8a
 from ..algorithms.explain import _watched
+from .graph_folding import _GraphFolding
 from .graphs import (
     _OPS, _FLAGS, _Lines, _found, _hint, _needed, _operation_name)
 from .layers import _Frozen, _as_array
@@ -434,9 +435,7 @@ class ExportedNetwork(Part):
     ):
         "Call the network in its mode."
         program = self._programs[bool(self._training)]
-        if isinstance(program, str):
-            mode = "training" if self._training else "evaluation"
-            raise ValueError(f"PyTorch could not export the network in {mode} mode: {program}")
+        if isinstance(program, str): raise ValueError(program)
         return program(self, args, kwargs)
 
     @property
@@ -588,10 +587,11 @@ def _frames_of(error):
     return frames
 
 # %% ../../nbs/25_programs.ipynb #77bcb049
-def _program(exported, tree, own, is_training, torch, names, calls=()):
+def _program(exported, tree, own, is_training, torch, names, calls=(), folding=None):
     "The program of a graph, and what stood in its way."
     lines = _Lines(tree.root, tree, own, is_training, torch)
     lines.calls = calls
+    if folding is not None: lines.fold(folding)
     inputs, states = _inputs(lines, exported, tree, torch)
     _dry(tree.root, is_training)
     result = lines.graph(exported.graph)
@@ -609,6 +609,13 @@ def _program(exported, tree, own, is_training, torch, names, calls=()):
     return program, lines
 
 # %% ../../nbs/25_programs.ipynb #b21f61ab
+@patch
+def fold(self: _Lines, folding):
+    "Leave out what a folded graph does without."
+    self.replaced, self.absorbed = folding.replaced, folding.absorbed
+    self.dropped = folding.dropped
+    self.name |= dict.fromkeys(folding.dropped, "None")
+
 def _dry(root, is_training):
     "Nothing: modes are those of the example."
     if is_training is not None: root.train(is_training)
@@ -699,7 +706,7 @@ def _ends(lines, exported, result, states):
     return ends
 
 # %% ../../nbs/25_programs.ipynb #3f122f53
-def _converted(source, args, kwargs, dynamic_shapes, operations, modules):
+def _converted(source, args, kwargs, dynamic_shapes, operations, modules, fold):
     "The network that a module, an exported program or its file becomes, and its lines by mode."
     torch = sys.modules.get("torch")
     if isinstance(source, (str, Path)):
@@ -707,12 +714,13 @@ def _converted(source, args, kwargs, dynamic_shapes, operations, modules):
         source = _loaded(torch, Path(source))
     own = _checked_operations(operations)
     if torch is not None and isinstance(source, torch.export.ExportedProgram):
-        return _from_exported(source, own, torch)
+        return _from_exported(source, own, torch, fold)
     if torch is None or not isinstance(source, torch.nn.Module):
         raise TypeError("expected model to be a torch.nn.Module, an ExportedProgram or a .pt2 "
                         f"file, but got {type(source)}")
     _check_example(torch, source, args, kwargs)
-    return _from_module(source, args, kwargs or {}, dynamic_shapes, own, modules or {}, torch)
+    if fold: _check_evaluation(torch, source)
+    return _from_module(source, args, kwargs or {}, dynamic_shapes, own, modules or {}, torch, fold)
 
 # %% ../../nbs/25_programs.ipynb #92398d50
 def _loaded(torch, path):
@@ -732,6 +740,16 @@ def _checked_operations(operations):
     return {key if "::" in key else f"aten::{key}": f for key, f in operations.items()}
 
 # %% ../../nbs/25_programs.ipynb #9647689c
+def _check_evaluation(torch, model):
+    "Refuse to fold what is in training."
+    norms = torch.nn.modules.batchnorm._BatchNorm
+    training = [path for path, m in model.named_modules() if isinstance(m, norms) and m.training]
+    if training: raise ValueError(_IN_TRAINING.format(training))
+
+_IN_TRAINING = ("folding is for evaluation, but these norms are in training: {}; call model.eval() "
+                "first")
+_FOLDED = ("the network is folded, for evaluation: convert it without fold=True for training")
+
 def _check_example(torch, model, args, kwargs):
     "Refuse what is no example, and one on another device than the model."
     if not isinstance(args, tuple):
@@ -752,11 +770,14 @@ def _check_example(torch, model, args, kwargs):
                          "both to one, as in model.cpu()")
 
 # %% ../../nbs/25_programs.ipynb #e5881ca9
-def _from_module(model, args, kwargs, dynamic_shapes, own, modules, torch):
+_NOT_EXPORTED = {mode: f"PyTorch could not export the network in {name} mode: "
+                 for mode, name in ((False, "evaluation"), (True, "training"))}
+
+def _from_module(model, args, kwargs, dynamic_shapes, own, modules, torch, fold):
     "A network made of a module: one program per mode."
     calls, exported = [], {}
     standing = {path: m for path, m in model.named_modules() if type(m) in modules}
-    for mode in (False, True):
+    for mode in (False,) if fold else (False, True):
         with _replaced_forwards(torch, standing, calls, args, kwargs, model,
                                 dynamic_shapes is not None):
             try: exported[mode] = _export(torch, model, args, kwargs, dynamic_shapes, mode)
@@ -766,14 +787,16 @@ def _from_module(model, args, kwargs, dynamic_shapes, own, modules, torch):
         raise ValueError("PyTorch can't export this network: "
                          f"{_refusal(exported[False])}. {_REMEDIES}") from exported[False]
     kinds, slots = _of_module(model)
+    folding = _GraphFolding(exported[False], own, torch) if fold else None
+    if fold: kinds, slots = folding.tree(kinds, slots)
     tree = _Tree(ExportedNetwork(kinds[""]), kinds, slots, _stand_ins(standing, modules))
     names = _parameter_names(model)
-    found = {mode: _refusal(program) if isinstance(program, Exception)
-             else _program(program, tree, own, mode, torch, names, calls)
+    found = {mode: _NOT_EXPORTED[mode] + _refusal(program) if isinstance(program, Exception)
+             else _program(program, tree, own, mode, torch, names, calls, folding)
              for mode, program in exported.items()}
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     for path, part in tree.parts.items(): part._training = modes[path]
-    return _finished(tree, found)
+    return _finished(tree, found, folding)
 
 # %% ../../nbs/25_programs.ipynb #ebaa3473
 def _parameter_names(model):
@@ -785,24 +808,28 @@ def _parameter_names(model):
     return names
 
 # %% ../../nbs/25_programs.ipynb #d9ff1200
-def _from_exported(exported, own, torch):
+def _from_exported(exported, own, torch, fold):
     "A network made of an exported program, whose flags follow the mode."
     kinds, slots = _of_exported(exported)
+    folding = _GraphFolding(exported, own, torch) if fold else None
+    if fold and folding.training: raise ValueError(_IN_TRAINING.format(folding.training))
+    if fold: kinds, slots = folding.tree(kinds, slots)
     tree = _Tree(ExportedNetwork(kinds[""]), kinds, slots, {})
     structure = _structure(exported.call_spec.in_spec)
     user = [spec.arg.name for spec in exported.graph_signature.input_specs
             if spec.kind.name == "USER_INPUT"]
     count = len(structure.items[0].items)
     names = user[:count] if _count(structure.items[0]) == count else []
-    program = _program(exported, tree, own, None, torch, names)
+    program = _program(exported, tree, own, None, torch, names, folding=folding)
     flags = [n.args[_FLAGS[_operation_name(n)]] for n in program[1].uses
              if _operation_name(n) in _FLAGS]
     tree.root.train(any(flags))
-    return _finished(tree, {False: program, True: program})
+    return _finished(tree, {False: program, True: program}, folding)
 
 # %% ../../nbs/25_programs.ipynb #1a9fe1d7
-def _finished(tree, found):
+def _finished(tree, found, folding):
     "The network, if nothing stands in its way; otherwise the list of what does."
+    if folding is not None: found[True] = _FOLDED
     problems = [*tree.problems, *(p for f in found.values() if not isinstance(f, str)
                                   for p in f[1].problems)]
     problems = list(dict.fromkeys(problems))
@@ -811,7 +838,7 @@ def _finished(tree, found):
         programs = {mode: f if isinstance(f, str) else f[0] for mode, f in found.items()}
         vars(root)["_programs"] = programs
         vars(root)["_script"] = _script(tree, programs, lines)
-    return root, lines, problems, tree
+    return root, lines, problems, tree, folding
 
 # %% ../../nbs/25_programs.ipynb #a37acf01
 _FLAG = re.compile(r"self[\w.\[\]]*\.training|\bTrue\b|\bFalse\b")
@@ -893,9 +920,11 @@ def from_program(
     dynamic_shapes=None,  # which sizes may vary, as in `torch.export.export`
     operations: dict | None = None,  # name of an operation -> function on MLX arrays
     modules: dict | None = None,  # class -> mlx.nn.Module
+    fold: bool = False,  # whether layers take in the BatchNorms behind them
 ) -> ExportedNetwork:  # the network, in the mode of `model`
     "The network that an exported program becomes; ValueError lists what has no equal."
-    root, lines, problems, _ = _converted(model, args, kwargs, dynamic_shapes, operations, modules)
+    root, _, problems, *_ = _converted(model, args, kwargs, dynamic_shapes, operations, modules,
+                                       fold)
     if problems:
         raise ValueError(f"{len(problems)} of the network's operations can't be converted:\n\t"
                          + "\n\t".join(problems))
@@ -917,9 +946,10 @@ class ProgramReport(tuple):
         rows: list,  # an `OperationRow` per operation
         parameters: int,  # how many numbers are trained or frozen
         problems: list,  # what can't be converted, and why
+        folding: list | None = None,  # a `FoldingReport`, where the network is folded
     ):
         self = super().__new__(cls, rows)
-        self.parameters, self.problems = parameters, list(problems)
+        self.parameters, self.problems, self.folding = parameters, list(problems), folding
         return self
 
     def __repr__(self):
@@ -927,7 +957,8 @@ class ProgramReport(tuple):
                  for r in self]
         total = f"{self.parameters:,} parameters, {sum(r.macs for r in self):,} multiplications"
         refused = [f"can't be converted: {problem}" for problem in self.problems]
-        return "\n".join([*lines, total, *refused])
+        folded = [] if self.folding is None else [repr(self.folding)]
+        return "\n".join([*lines, total, *folded, *refused])
 
 # %% ../../nbs/25_programs.ipynb #d0afdf29
 def program_report(
@@ -937,9 +968,11 @@ def program_report(
     dynamic_shapes=None,  # which sizes may vary, as in `torch.export.export`
     operations: dict | None = None,  # name of an operation -> function on MLX arrays
     modules: dict | None = None,  # class -> mlx.nn.Module
+    fold: bool = False,  # whether layers take in the BatchNorms behind them
 ) -> ProgramReport:  # a row per operation of the program for evaluation
     "What an exported program is made of, and what of it has no equal."
-    _, lines, problems, tree = _converted(model, args, kwargs, dynamic_shapes, operations, modules)
+    _, lines, problems, tree, folding = _converted(model, args, kwargs, dynamic_shapes, operations,
+                                                   modules, fold)
     found = next(found for found in lines.values() if not isinstance(found, str))
     rows = {}
     for node in found.uses:
@@ -949,7 +982,8 @@ def program_report(
              for (name, became), macs in rows.items()]
     size = sum(slot.tensor.numel() for slots in tree.tensors.values() for slot in slots
                if not slot.is_buffer and slot.name not in tree.aliases)
-    return ProgramReport(sorted(table, key=lambda row: -row.count), size, problems)
+    return ProgramReport(sorted(table, key=lambda row: -row.count), size, problems,
+                         folding and folding.rows)
 
 # %% ../../nbs/25_programs.ipynb #79db5e54
 def _macs(node):
