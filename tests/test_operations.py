@@ -185,6 +185,27 @@ case("index_put", X, [torch.tensor([0, 2]), torch.tensor([1, 1])], t(2), True)
 case("index_put", X, [MASK], torch.tensor(0.5, dtype=torch.float64))
 case("slice_scatter", IMAGE, t(2, 4, 3, 6), 2, 1, 7, 2)
 case("select_scatter", X, t(3), 1, -1)
+TIED = torch.tensor([[1.0, 3.0, 0.0, -2.0], [3.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+SOURCE = torch.tensor([[3.0, 0.0, 1.0], [3.0, 3.0, 5.0], [2.0, 0.0, 0.0]], dtype=torch.float64)
+for _reduce in ("sum", "prod", "mean", "amax", "amin"):
+    for _own in (True, False):
+        case("scatter_reduce.two", TIED, 1, whole(3, 3, high=4), SOURCE, _reduce, include_self=_own)
+        case("scatter_reduce.two", TIED, 0, whole(3, 3, high=3), SOURCE, _reduce, include_self=_own)
+        case("scatter_reduce.two", N, 1, whole(3, 2, high=4), M, _reduce, include_self=_own)
+        case("scatter_reduce.two", t(2, 3, 4).float(), -1, whole(2, 3, 5, high=4), t(2, 3, 5).float(), _reduce,
+             include_self=_own)
+        case("scatter_reduce.two", torch.tensor(2.0), 0, torch.tensor(0), torch.tensor(3.0), _reduce,
+             include_self=_own)
+case("scatter_reduce.two", torch.tensor([1.0, math.nan, -math.inf]), 0, torch.tensor([0, 2, 0]),
+     torch.tensor([math.nan, 4.0, 2.0]), "amax")
+case("histc", X, 5, -1, 1)
+case("histc", X.float(), 7)
+case("histc", torch.tensor([0.0, 1.0, 0.5, 0.25, 2.0, -1.0, math.nan, math.inf]), 4, 0, 1)
+case("histc", torch.full((5,), 2.0), 3)
+case("histc", torch.linspace(-3, 3, 1000), 100, -2.5, 2.5)
+case("as_strided", X, [2, 3], [1, 4])
+case("as_strided", X, [3, 2, 2], [4, 1, 1], 1)
+case("as_strided", LINE, [4, 3, 2], [5, 1, 7], 3)
 case("embedding", t(6, 3), whole(2, 4, high=6))
 case("embedding", t(6, 3), whole(2, 4, high=6), 2)
 case("one_hot", whole(3, high=4), 4)
