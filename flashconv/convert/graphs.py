@@ -45,7 +45,8 @@ def _found(node, own):
 # %% ../../nbs/28_graphs.ipynb #d85dc8e7
 def _line_of(node):
     "Where in the user's code a node comes from."
-    traced = next((n for n in _before(node) if n.meta.get("stack_trace")), node)
+    traced = next((n for n in _before(node) if n.meta.get("stack_trace")
+                   and _module_of(n) == _module_of(node)), node)
     lines = [line.strip() for line in (traced.meta.get("stack_trace") or "").splitlines()]
     files = [i for i, line in enumerate(lines) if line.startswith("File ") and '"<' not in line]
     users = [i for i in files if not re.search(r"[/\\]torch[/\\](nn|_\w+|functional)", lines[i])]

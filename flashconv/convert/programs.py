@@ -14,6 +14,7 @@ import logging
 import math
 import re
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -532,17 +533,20 @@ def _export(torch, model, args, kwargs, dynamic_shapes, is_training):
             except Exception: raise first from None
 
 # %% ../../nbs/25_programs.ipynb #9218a428
-def _registered_outputs(torch, model, args, kwargs):
-    "Whether the model gives a dataclass that PyTorch did not know; it does now."
+def _called(torch, model, args, kwargs):
+    "What PyTorch's network gives for copies of the example; its buffers are as before."
     copies = torch.utils._pytree.tree_map(
         lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
     state = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    try:
-        with torch.no_grad(): return _register(torch, model(*copies[0], **copies[1]))
-    except Exception: return False
-    finally:
-        with torch.no_grad():
+    with torch.no_grad():
+        try: return model(*copies[0], **copies[1])
+        finally:
             for name, tensor in model.named_buffers(): tensor.copy_(state[name])
+
+def _registered_outputs(torch, model, args, kwargs):
+    "Whether the model gives a dataclass that PyTorch did not know; it does now."
+    try: return _register(torch, _called(torch, model, args, kwargs))
+    except Exception: return False
 
 # %% ../../nbs/25_programs.ipynb #8ac1b200
 def _register(torch, value):
@@ -560,15 +564,17 @@ _REMEDIES = ("Usual remedies: torch.where instead of an if on values, sizes inst
              "dynamic_shapes without what the message names, or an MLX module for the part in "
              "question in modules={...}")
 
+_NOT_THE_USERS = re.compile(r"[/\\](torch|flashconv)[/\\]|^<|"
+                            + re.escape(sysconfig.get_path("stdlib")) + r"[/\\](?!site-packages)")
+
 def _refusal(error):
     "Why the exporter gave up, in a sentence, with the user's line if it is known."
     text = str(error).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
+    if reason.startswith("Constraints violated"): reason = " ".join(lines[:2])
     places = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
-    own = [p for p in places if not re.search(r"[/\\]torch[/\\]", p[0])]
-    own += [place for place in _frames_of(error)
-            if not re.search(r"[/\\](torch|flashconv)[/\\]|^<", place[0])]
+    own = [p for p in (*places, *_frames_of(error)) if not _NOT_THE_USERS.search(p[0])]
     where = f", at {own[-1][0]}, line {own[-1][1]}" if own else ""
     return f"{reason.rstrip('.')}{where}"
 
@@ -714,6 +720,9 @@ def _converted(source, args, kwargs, dynamic_shapes, operations, modules, fold):
         source = _loaded(torch, Path(source))
     own = _checked_operations(operations)
     if torch is not None and isinstance(source, torch.export.ExportedProgram):
+        for name, value in (("dynamic_shapes", dynamic_shapes), ("modules", modules)):
+            if value: raise TypeError(f"{name} is for a torch.nn.Module: what is exported has its "
+                                      "sizes, and its modules are operations already")
         return _from_exported(source, own, torch, fold)
     if torch is None or not isinstance(source, torch.nn.Module):
         raise TypeError("expected model to be a torch.nn.Module, an ExportedProgram or a .pt2 "
@@ -726,11 +735,23 @@ def _converted(source, args, kwargs, dynamic_shapes, operations, modules, fold):
 def _loaded(torch, path):
     if path.suffix != ".pt2": raise ValueError(f"expected a file named .pt2, but got {path}")
     with open(path, "rb"): pass  # or the error that says why not
-    try: return torch.export.load(str(path))
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RuntimeError(f"{path} is no exported program of this PyTorch ({torch.__version__}), "
-                           f"or damaged: {type(error).__name__}: {reason}") from error
+    with _heard("torch.export") as errors:
+        try: return torch.export.load(str(path))
+        except Exception as error:
+            reason = str((errors or [error])[0]).strip().partition("\n")[0]
+            raise RuntimeError(f"{path} is no exported program of this PyTorch "
+                               f"({torch.__version__}), or damaged: {reason}") from error
+
+@contextlib.contextmanager
+def _heard(name):
+    "The errors that a logger is told meanwhile, which it does not print."
+    logger, errors = logging.getLogger(name), []
+    def keep(record):
+        if record.exc_info: errors.append(record.exc_info[1])
+        return False
+    logger.addFilter(keep)
+    try: yield errors
+    finally: logger.removeFilter(keep)
 
 def _checked_operations(operations):
     if operations is None: return {}
@@ -740,6 +761,14 @@ def _checked_operations(operations):
     return {key if "::" in key else f"aten::{key}": f for key, f in operations.items()}
 
 # %% ../../nbs/25_programs.ipynb #9647689c
+def _check_run(torch, model, args, kwargs):
+    "Refuse an example on which PyTorch's network does not run either."
+    try:
+        with _in_mode(model, False), _quiet(): _called(torch, model, args, kwargs)
+    except Exception as error:
+        raise ValueError("the network does not run on this example in PyTorch: "
+                         f"{_refusal(error)}") from error
+
 def _check_evaluation(torch, model):
     "Refuse to fold what is in training."
     norms = torch.nn.modules.batchnorm._BatchNorm
@@ -764,6 +793,9 @@ def _check_example(torch, model, args, kwargs):
     state = [*model.parameters(), *model.buffers()]
     if any(map(torch.nn.parameter.is_lazy, state)):
         raise ValueError("the network has lazy parameters without values: call it in PyTorch first")
+    if any(tensor.is_meta for tensor in state):
+        raise ValueError("the network lies on the device meta, where nothing has values: make it "
+                         "on another one, and load its state")
     devices = {str(tensor.device) for tensor in (*state, *tensors)}
     if len(devices) > 1:
         raise ValueError(f"the network and its example lie on {', '.join(sorted(devices))}: move "
@@ -784,6 +816,7 @@ def _from_module(model, args, kwargs, dynamic_shapes, own, modules, torch, fold)
             except _OwnGradient as error: raise ValueError(f"{error}: {_REMEDIES}") from None
             except Exception as error: exported[mode] = error
     if all(isinstance(program, Exception) for program in exported.values()):
+        _check_run(torch, model, args, kwargs)
         raise ValueError("PyTorch can't export this network: "
                          f"{_refusal(exported[False])}. {_REMEDIES}") from exported[False]
     kinds, slots = _of_module(model)
@@ -1039,15 +1072,10 @@ def _seen_outputs(torch, standing, model, args, kwargs):
     seen = {path: [] for path in standing}
     hooks = [m.register_forward_hook(lambda m, i, output, path=path: seen[path].append(output))
              for path, m in standing.items()]
-    state = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    copies = torch.utils._pytree.tree_map(
-        lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
     try:
-        with _in_mode(model, False), torch.no_grad(): model(*copies[0], **copies[1])
+        with _in_mode(model, False): _called(torch, model, args, kwargs)
     finally:
         for hook in hooks: hook.remove()
-        with torch.no_grad():
-            for name, tensor in model.named_buffers(): tensor.copy_(state[name])
     return seen
 
 # %% ../../nbs/25_programs.ipynb #86063417
