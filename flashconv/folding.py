@@ -112,7 +112,7 @@ def _in_calls(model, inputs):
     calls = [id(module) for module, *_ in seen]
     once = [call for call in seen if calls.count(id(call[0])) == 1]
     pairs = [(layer, norm) for layer, _, y in once if isinstance(layer, _ConvNd)
-             for norm, x, _ in once if x is y and norm is not layer]
+             for norm, x, _ in once if x is y and _inner(norm)[0] is not None]
     return pairs, outputs
 
 # %% ../nbs/22_folding.ipynb #82ae7baf

@@ -158,8 +158,8 @@ def _clamp(x, low=None, high=None):
     for bound in (low, high):
         if isinstance(bound, float) and not mx.issubdtype(x.dtype, mx.inexact):
             x = x.astype(mx.float32)
-    if low is not None: x = mx.where(x < low, low, x)
-    return x if high is None else mx.where(x > high, high, x)
+    if low is not None: x = mx.maximum(low, x)
+    return x if high is None else mx.minimum(high, x)
 
 @_operation("softplus")
 def _softplus(x, beta=1, threshold=20):
@@ -168,8 +168,8 @@ def _softplus(x, beta=1, threshold=20):
 
 @_operation("elu")
 def _elu(x, alpha=1.0, scale=1.0, input_scale=1.0):
-    below = (scale * alpha) * mx.expm1(mx.where(x > 0, 0, x) * input_scale)
-    return mx.where(x > 0, x * scale, below)
+    below = (scale * alpha) * mx.expm1(mx.minimum(0, x) * input_scale)
+    return mx.maximum(x, 0) * scale + below
 
 @_operation("log_sigmoid")
 def _log_sigmoid(x): return mx.minimum(x, 0) - mx.log1p(mx.exp(-mx.abs(x)))
@@ -198,7 +198,12 @@ def _hardswish(x): return (x * (_bounded(_wide(x) + 3, 0, 6) / 6)).astype(x.dtyp
 def _prelu(x, weight):
     if weight.size > 1 and x.ndim > 1 and weight.ndim == 1:
         weight = weight.reshape(-1, *(1,) * (x.ndim - 2))
-    return mx.where(x > 0, x, x * weight)
+    return mx.maximum(x, 0) + weight * mx.minimum(0, x)
+
+@_operation("leaky_relu")
+def _leaky_relu(x, negative_slope=0.01):
+    if 0 < negative_slope <= 1: return mx.maximum(x, x * negative_slope)
+    return mx.where(x > 0, x, x * negative_slope)
 
 # %% ../../nbs/24_operations.ipynb #ba0d5920
 _SELU = 1.6732632423543772, 1.0507009873554805  # alpha and scale
@@ -209,7 +214,6 @@ OPERATIONS |= {
     "selu": lambda x: _elu(x, *_SELU), "threshold": lambda x, threshold, value:
     mx.where(x <= threshold, mx.array(value, x.dtype), x),
     "celu": lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1 / alpha),
-    "leaky_relu": lambda x, negative_slope=0.01: mx.where(x > 0, x, x * negative_slope),
     "clamp_min": lambda x, low: _clamp(x, low), "clamp_max": lambda x, high: _clamp(x, None, high),
     "hardshrink": lambda x, lambd=0.5: mx.where(mx.abs(x) <= lambd, mx.array(0, x.dtype), x),
     "softshrink": lambda x, lambd=0.5: mx.where(
