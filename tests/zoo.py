@@ -371,7 +371,8 @@ def without_chance(model):
     "Dropout would draw other numbers."
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd): module.p = 0.0
-        if hasattr(module, "drop_connect_rate"): module.drop_connect_rate = 0.0
+        for name in ("drop_connect_rate", "dropout_prob"):
+            if hasattr(module, name): setattr(module, name, 0.0)
     return model
 
 
