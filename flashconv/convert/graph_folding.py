@@ -54,6 +54,7 @@ def known(self: _GraphFolding, exported):
         known.add(node)
     return known
 
+# %% ../../nbs/29_graph_folding.ipynb #d2d02c98
 @patch
 def is_fixed(self: _GraphFolding, node, known):
     "Whether a call of known values always gives the same."
@@ -107,6 +108,7 @@ def path(self: _GraphFolding, node, place):
     name = self.names.get(_argument(node, place))
     return _module_of(node) if name is None else name.rpartition(".")[0] or name
 
+# %% ../../nbs/29_graph_folding.ipynb #849e3e03
 @patch
 def obstacle(self: _GraphFolding, layer, norm):
     "Why a norm can't be folded; empty if it can."
@@ -134,17 +136,18 @@ def take_in(self: _GraphFolding, layer, norm):
     weight, bias = (self.holding(layer, place) for place in (1, 2))
     gamma, beta, mean, variance = (node if node is None else self.value(node)
                                    for node in norm.args[1:5])
-    wide, transposed = self.torch.promote_types(weight.dtype, self.torch.float32), "transpose" in \
-        _operation_name(layer)
+    wide = self.torch.promote_types(weight.dtype, self.torch.float32)
     scale = (variance.to(wide) + norm.args[7]).rsqrt()
     if gamma is not None: scale = scale * gamma
     shift = (-mean if bias is None else bias - mean) * scale
     if beta is not None: shift = shift + beta
-    groups = _argument(layer, 6) or 1  # of a transposed layer; of no other they matter here
+    transposed = "transpose" in _operation_name(layer)
+    groups = _argument(layer, 6) or 1  # the blocks of a transposed weight
     folded = _scaled(weight, scale, transposed, groups)
     self.held[layer] = {1: folded.to(weight.dtype), 2: shift.to(weight.dtype)}
     self.absorbed.add(norm)
 
+# %% ../../nbs/29_graph_folding.ipynb #1bb3cff1
 @patch
 def holding(self: _GraphFolding, layer, place):
     "The weight or the bias of a layer as it is now."
@@ -168,6 +171,7 @@ def unused(self: _GraphFolding):
               and name.replace("num_batches_tracked", "running_mean") in removed}
     return idle - set(self.names), removed | counts
 
+# %% ../../nbs/29_graph_folding.ipynb #9899ad61
 @patch
 def name(self: _GraphFolding, layer):
     "Name the arrays that a layer holds instead of its own."
