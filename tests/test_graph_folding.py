@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 
 import flashconv
 import mlx.core as mx
+import mlx.nn
 from test_folding import noted
 from test_programs import network, x
 from zoo import arrays, flat
@@ -54,6 +55,19 @@ def test_linear():
     assert "channels" in report[0].reason and "batch_norm" in ours.program
 
 
+def test_flattened_linear():
+    "The leading axes of a linear layer may be one where the norm is, as in LeViT."
+    theirs = after("Linear", 5, 6)
+    type(theirs).forward = flattened
+    ours, report = folded(theirs, (x(2, 4, 5),))
+    assert report[0].reason == "" and "batch_norm" not in ours.program
+
+
+def flattened(self, v):
+    y = self.layer(v)
+    return self.norm(y.flatten(0, 1)).reshape_as(y)
+
+
 @pytest.mark.parametrize("shape", ((2, 3, 8, 8), (5, 3, 12, 9)))
 def test_sizes(shape):
     "Other sizes than the example's."
@@ -68,6 +82,8 @@ STAY = {
     "in several places": lambda self, v: self.norm(self.conv(self.norm(self.conv(v)))),
     "not known": lambda self, v: self.norm(F.conv2d(v, self.conv.weight * v.mean())),
     "no running statistics": lambda self, v: self.plain(self.conv(v)),
+    "statistics of each batch": lambda self, v: F.batch_norm(self.conv(v), self.norm.running_mean,
+                                                             self.norm.running_var, training=True),
 }
 
 
@@ -178,6 +194,21 @@ def test_own_norm():
     calls.clear()
     ours(arrays(x(1, 3, 5, 5)))
     assert len(calls) == 1
+
+
+class Odd(T.Module):
+    def forward(self, v): return v * float(v.shape[0])
+
+
+class OurOdd(mlx.nn.Module):
+    def __call__(self, v): return v * v.shape[0]
+
+
+def test_own_modules():
+    "A module of the user's is what it is without folding."
+    theirs = network(lambda self, v: self.body(self.odd(v)), odd=Odd(), body=after("Conv2d", 3, 4, 3))
+    ours, report = folded(theirs, (x(2, 3, 6, 6),), modules={Odd: OurOdd})
+    assert report[0].reason == "" and isinstance(ours.odd, OurOdd)
 
 
 def test_refusals():

@@ -89,16 +89,25 @@ def visit(self: _GraphFolding, node):
             given = _argument(node, place)
             if given in self.constant and given not in self.names:
                 self.held.setdefault(node, {})[place] = self.value(given)
-    if not _is_call(node, {"batch_norm"}) or not _is_call(node.args[0], _LAYERS): return
-    is_training, has_statistics = node.args[5], node.args[3] is not None
-    if is_training and has_statistics: self.training.append(self.path(node, 3))
-    elif _found(node, self.own) not in self.own: self.norm(node.args[0], node)
+    if not _is_call(node, {"batch_norm"}) or _found(node, self.own) in self.own: return
+    layer = _layer_before(node)
+    if layer is not None: self.norm(layer, node)
+
+def _layer_before(norm):
+    "The layer that a norm stands behind; leading axes of a linear one may be one in between."
+    given = norm.args[0]
+    if _is_call(given, {"flatten", "view", "reshape"}) and len(_readers(given)) == 1:
+        source = given.args[0]
+        is_kept = source.meta["val"].shape[-1] == given.meta["val"].shape[-1]
+        return source if is_kept and _is_call(source, {"linear"}) else None
+    return given if _is_call(given, _LAYERS) else None
 
 # %% ../../nbs/29_graph_folding.ipynb #fb12af5c
 @patch
 def norm(self: _GraphFolding, layer, norm):
     "Report a norm behind a layer, and let the layer take it in if it can."
     reason = self.obstacle(layer, norm)
+    if norm.args[5] and norm.args[3] is not None: self.training.append(self.path(norm, 3))
     self.rows.append(Folded(self.path(layer, 1), self.path(norm, 3), reason))
     if not reason: self.take_in(layer, norm)
 
@@ -116,8 +125,9 @@ def obstacle(self: _GraphFolding, layer, norm):
     weight, bias = layer.args[1], _argument(layer, 2)
     for wrong, reason in (
         (norm.args[3] is None, "the norm has no running statistics"),
-        (len(layer.users) > 1, "what the layer gives is used elsewhere as well"),
-        (layer.meta["val"].ndim != axes, "the norm's channels are not the layer's"),
+        (len(_readers(layer)) > 1, "what the layer gives is used elsewhere as well"),
+        (norm.args[5], "the norm takes the statistics of each batch"),
+        (norm.args[0].meta["val"].ndim != axes, "the norm's channels are not the layer's"),
         (not self.are_known(weight, bias), "the layer's weight is not known before the call"),
         (not self.are_known(*norm.args[1:5]), "the norm's numbers are not known before the call"),
         (weight in self.names and len(weight.users) > 1, "the layer is used in several places"),
@@ -128,6 +138,11 @@ def obstacle(self: _GraphFolding, layer, norm):
 @patch
 def are_known(self: _GraphFolding, *nodes):
     return all(node is None or node in self.constant for node in nodes)
+
+def _readers(node):
+    "The nodes that read the values of a node, and not its shape alone."
+    return [user for user in node.users if not _is_call(user, {"sym_size"}) and not (
+        _is_call(user, {"reshape_as", "view_as", "expand_as"}) and user.args[0] is not node)]
 
 # %% ../../nbs/29_graph_folding.ipynb #12018688
 @patch

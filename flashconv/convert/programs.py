@@ -140,7 +140,8 @@ def fill(self: _Tree, path):
         if not is_list and key != last: names[key] = last
         if not is_list: taken.add(key)
         self.keys[child] = (*keys, *step)
-        self.parts[child] = made = self.own.get(child) or Part(self.kinds[child])
+        made = self.own[child] if child in self.own else Part(self.kinds[child])
+        self.parts[child] = made
         if is_list: part["layers"].append(made)
         else: dict.__setitem__(part, key, made)
         if child not in self.own: self.fill(child)
