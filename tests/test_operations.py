@@ -314,6 +314,9 @@ for _affine in (True, False):
     case("instance_norm", IMAGE, _weight, _bias, None, None, True, 0.1, 1e-5, False)
 case("layer_norm", X, [4], t(4), t(4, seed=1))
 case("layer_norm", IMAGE, [7, 6], t(7, 6), None, 1e-3)
+case("layer_norm", X.float(), [4], t(4).float(), t(4, seed=1).float(), 1e-3)
+case("layer_norm", X.float(), [4], t(4).float())
+case("layer_norm", X.bfloat16(), [4])
 case("layer_norm", X.half(), [4], t(4).half(), t(4, seed=1).half())
 case("rms_norm", X, [4], t(4), 1e-6)
 case("rms_norm", X, [4])
@@ -512,6 +515,24 @@ def test_unpooling():
     values, places = torch.nn.functional.max_pool2d(IMAGE, 2, return_indices=True)
     right = torch.nn.functional.max_unpool2d(values, places, 2, output_size=(7, 6))
     close(OPERATIONS["max_unpool2d"](_as_array(values), _as_array(places), (7, 6)), right, right.dtype)
+
+
+@pytest.mark.parametrize("given", ((True, True), (True, False), (False, False)))
+def test_gradients_of_layer_norm_in_float32(given):
+    "MLX's own operation, which has no float64, and is another one there."
+    tensors = [t(3, 5).float(), *(t(5, seed=i).float() if there else None for i, there in enumerate(given))]
+    fresh = [v if v is None else v.clone().requires_grad_() for v in tensors]
+    factor = t(3, 5, seed=7).float()
+    there = [i for i, v in enumerate(tensors) if v is not None]
+    right = torch.autograd.grad((ATEN.layer_norm(fresh[0], [5], *fresh[1:]) * factor).sum(),
+                                [fresh[i] for i in there])
+
+    def loss(*values):
+        full = dict(zip(there, values))
+        y = OPERATIONS["layer_norm"](full[0], [5], full.get(1), full.get(2))
+        return (y * _as_array(factor)).sum()
+    found = mx.grad(loss, tuple(range(len(there))))(*(_as_array(tensors[i]) for i in there))
+    for a, b in zip(results(found), right): close(a, b, torch.float32)
 
 
 @pytest.mark.parametrize("name", ("dropout", "feature_dropout", "alpha_dropout",

@@ -440,6 +440,7 @@ def written_through_steps(self, v):
     return y
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("forward", (not_cast, overlapping), ids=lambda f: f.__name__)
 def test_regions_and_steps(forward): equal(network(forward, conv=conv()), (x(2, 3, 4, 4),))
 

@@ -205,6 +205,8 @@ def _normalised(x, eps):
 
 @_operation("layer_norm")
 def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5, *_):
+    if len(shape) == 1 and x.dtype != mx.float64:
+        return mx.fast.layer_norm(_wide(x), weight, bias, eps).astype(x.dtype)
     flat = mx.flatten(_wide(x), -len(shape))
     y = _normalised(flat, eps).reshape(x.shape)
     if weight is not None: y = y * weight
