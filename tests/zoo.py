@@ -252,9 +252,9 @@ ZOO |= {
                              attention_levels=(False, True), num_res_blocks=1,
                              num_head_channels=8),
     "spade": monai("SPADENet", lambda: torch.nn.functional.one_hot(
-        torch.arange(256).reshape(1, 16, 16) % 3, 3).permute(0, 3, 1, 2).float(), (1, 1, 16, 16),
+        torch.arange(256).reshape(1, 16, 16) % 3, 3).permute(0, 3, 1, 2).float(),
         spatial_dims=2, in_channels=1, out_channels=1, label_nc=3, input_shape=[16, 16],
-        channels=[8, 8]),
+        channels=[8, 8], is_vae=False),
 }
 
 

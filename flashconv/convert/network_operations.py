@@ -91,7 +91,7 @@ def dropout(
 def _dropped(x, p, training, shape):
     if p == 0 or not training: return x
     if p == 1: return x * 0
-    return mx.where(mx.random.bernoulli(1 - p, shape), x * (1 / (1 - p)), mx.array(0, x.dtype))
+    return x * (mx.random.bernoulli(1 - p, shape) * (1 / (1 - p))).astype(x.dtype)
 
 def _feature_dropout(x, p, training):
     return _dropped(x, p, training, (*x.shape[:2], *(1,) * (x.ndim - 2)))
