@@ -146,9 +146,14 @@ def _affine(y, weight, bias):
     if weight is not None: y = y * _by_channel(weight, y)
     return y if bias is None else y + _by_channel(bias, y)
 
+def _mean(x, axes):
+    "A mean axis by axis, the last first: long sums in float32 would lose a digit."
+    for axis in sorted(axes, reverse=True): x = mx.mean(x, axis, keepdims=True)
+    return x
+
 def _moments(x, axes, keepdims=True):
-    mean = mx.mean(x, axes, keepdims=True)
-    variance = mx.mean(mx.square(x - mean), axes, keepdims=True)
+    mean = _mean(x, axes)
+    variance = _mean(mx.square(x - mean), axes)
     if keepdims: return mean, variance
     return mx.squeeze(mean, axes), mx.squeeze(variance, axes)
 
@@ -200,7 +205,7 @@ def _instance_norm(x, weight, bias, mean, variance, training, momentum=0.1, eps=
 def _normalised(x, eps):
     "The last axis with mean 0 and variance 1. MLX's own takes float64 for float32."
     if x.dtype != mx.float64: return mx.fast.layer_norm(x, None, None, eps)
-    mean, variance = _moments(x, -1)
+    mean, variance = _moments(x, (-1,))
     return (x - mean) * mx.rsqrt(variance + eps)
 
 @_operation("layer_norm")
