@@ -59,12 +59,12 @@ def arrays(row):
 # Who is measured ------------------------------------------------------------------------------
 
 class OnMLX:
-    "A network of MLX's, channels last."
+    "A network of MLX's, channels last or first."
 
-    def __init__(self, network, data):
-        self.network, self.optimizer = network, mlx.optimizers.SGD(RATE)
+    def __init__(self, network, data, last=True):
+        self.network, self.optimizer, self.last = network, mlx.optimizers.SGD(RATE), last
         self.x, self.batch, self.target = (
-            mx.array(a.movedim(1, -1).contiguous().numpy()) for a in data[1:])
+            mx.array((a.movedim(1, -1) if last else a).contiguous().numpy()) for a in data[1:])
         self._differentiated = mlx.nn.value_and_grad(network, self._loss)
         mx.eval(network.state, self.x, self.batch, self.target)
 
@@ -88,7 +88,7 @@ class OnMLX:
     def numpy(self, outputs):
         "What `inference` or `training` gave, in PyTorch's layout, the gradients in a row."
         y, *gradients = outputs
-        first = np.array(y if y.ndim < 3 else mx.moveaxis(y, -1, 1))
+        first = np.array(mx.moveaxis(y, -1, 1) if self.last and y.ndim > 2 else y)
         if not gradients: return [first]
         parameters = self.network.parameters()
         state = flashconv.to_torch_state(self.network.update(gradients[0]))

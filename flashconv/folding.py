@@ -21,12 +21,12 @@ from .parametrizations import _Parametrized
 from .transposed import _ConvTranspose
 
 # %% ../nbs/22_folding.ipynb #6a8e4242
-def _scaled(layer, scale):
+def _scaled(weight, scale, transposed, groups):
     "The weight of a layer whose outputs are multiplied by `scale`."
-    weight, after = layer.weight, (1,) * (layer.weight.ndim - 2)
-    if not layer.transposed: return weight * scale.reshape(-1, 1, *after)
-    blocks = weight.reshape(layer.groups, -1, *weight.shape[1:])
-    return (blocks * scale.reshape(layer.groups, 1, -1, *after)).reshape(weight.shape)
+    after = (1,) * (weight.ndim - 2)
+    if not transposed: return weight * scale.reshape(-1, 1, *after)
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])
+    return (blocks * scale.reshape(groups, 1, -1, *after)).reshape(weight.shape)
 
 def _folded(layer, norm):
     "Weight and bias that do the work of both, computed in float32 at least."
@@ -36,7 +36,8 @@ def _folded(layer, norm):
     if "weight" in norm: scale = scale * norm.weight.astype(wide)
     bias = -mean * scale if layer.bias is None else (layer.bias - mean) * scale
     if "bias" in norm: bias = bias + norm.bias.astype(wide)
-    return _scaled(layer, scale).astype(dtype), bias.astype(dtype)
+    weight = _scaled(layer.weight, scale, layer.transposed, layer.groups)
+    return weight.astype(dtype), bias.astype(dtype)
 
 # %% ../nbs/22_folding.ipynb #000f46d3
 class Folded(NamedTuple):
@@ -111,7 +112,7 @@ def _in_calls(model, inputs):
     calls = [id(module) for module, *_ in seen]
     once = [call for call in seen if calls.count(id(call[0])) == 1]
     pairs = [(layer, norm) for layer, _, y in once if isinstance(layer, _ConvNd)
-             for norm, x, _ in once if x is y and norm is not layer]
+             for norm, x, _ in once if x is y and _inner(norm)[0] is not None]
     return pairs, outputs
 
 # %% ../nbs/22_folding.ipynb #82ae7baf
@@ -142,6 +143,9 @@ def _plan(model, inputs):
     "The pairs with their report, and the outputs for the inputs."
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an mlx.nn.Module, but got {type(model)}")
+    if type(model).__name__ == "ExportedNetwork":  # whose layers are calls in a program
+        raise TypeError("a network that was converted by an example is folded on the way, by "
+                        "convert_model(model, args, fold=True)")
     spots = list(_spots(model))
     training = [spot.path for spot in spots if _inner(spot.module)[0] is not None
                 and _inner(spot.module)[0].training]

@@ -109,6 +109,15 @@ def test_models(models):
     assert "Whisper stem" in (models / "models.md").read_text(encoding="utf-8")
 
 
+def test_converted():
+    "Each way to convert a network has a time or says why not, and is right."
+    done = run("--quick", "--rows", "Whisper*", script="converted.py")
+    assert done.returncode == 0, done.stderr
+    heading, row = done.stdout.splitlines()
+    assert "converted, folded" in heading and row.startswith("Whisper stem")
+    assert row.split()[3] == "ms" and len(row.split()) == 8 and "wrong" not in row
+
+
 WRONG = """
 import sys
 sys.argv = ["models.py", "--quick", "--rows", "Whisper*", "--out", sys.argv[1]]

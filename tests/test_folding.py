@@ -77,6 +77,23 @@ def test_a_branch_is_noticed():
     assert all(a is b for a, b in zip(items, (model.conv.weight, model.conv.bias, model.norm)))
 
 
+class Two(nn.Module):
+    "A layer behind a layer, and the norm behind both."
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.norm = conv(2, 2, 3), conv(2, 2, 3), nn.BatchNorm(2)
+
+    def __call__(self, x): return self.norm(self.second(self.first(x)))
+
+
+def test_a_layer_behind_a_layer():
+    "Is no norm."
+    model, x = Two().eval(), mx.random.normal((1, 8, 2))
+    y = model(x)
+    assert [(row.layer, row.reason) for row in fc.folding_report(model, x)] == [("second", "")]
+    assert mx.allclose(fc.fold_batch_norm(model, x)(x), y, atol=1e-5)
+
+
 class Replaced(fc.Conv1d):
     def _conv_forward(self, input, weight, bias): return super()._conv_forward(input, 2 * weight, bias)
 

@@ -104,11 +104,19 @@ case("softplus", EDGES, 2, 1.5)
 case("elu", EDGES, 0.7)
 case("elu", EDGES, 0.7, 1.5, 2.0)
 case("celu", EDGES, 0.7)
-case("leaky_relu", EDGES, 0.2)
+for _slope in (0.2, 0.0, 1.0, 1.5, -0.5): case("leaky_relu", EDGES, _slope)
+for _slope in (0.2, 1.0, 1.5): case("leaky_relu", SPECIAL, _slope)
+for _name in ("relu6", "hardswish", "hardsigmoid"): case(_name, EDGES.bfloat16())
+case("hardtanh", SPECIAL, -1, 6)
+case("clamp", SPECIAL, -1, 6)
+case("clamp", EDGES.half(), -0.5, 1)
+case("clamp_min", N, 1)
 case("threshold", EDGES, 0.5, 20)
 case("gelu", EDGES, approximate="tanh")
 case("prelu", IMAGE, t(4, seed=3))
 case("prelu", IMAGE, t(1, seed=3))
+case("prelu", EDGES, t(1, seed=3))
+case("prelu", SPECIAL, t(1, seed=3))
 case("glu", IMAGE, 1)
 case("glu", X)
 case("lerp.Scalar", X, Y, 0.3)
@@ -185,6 +193,27 @@ case("index_put", X, [torch.tensor([0, 2]), torch.tensor([1, 1])], t(2), True)
 case("index_put", X, [MASK], torch.tensor(0.5, dtype=torch.float64))
 case("slice_scatter", IMAGE, t(2, 4, 3, 6), 2, 1, 7, 2)
 case("select_scatter", X, t(3), 1, -1)
+TIED = torch.tensor([[1.0, 3.0, 0.0, -2.0], [3.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+SOURCE = torch.tensor([[3.0, 0.0, 1.0], [3.0, 3.0, 5.0], [2.0, 0.0, 0.0]], dtype=torch.float64)
+for _reduce in ("sum", "prod", "mean", "amax", "amin"):
+    for _own in (True, False):
+        case("scatter_reduce.two", TIED, 1, whole(3, 3, high=4), SOURCE, _reduce, include_self=_own)
+        case("scatter_reduce.two", TIED, 0, whole(3, 3, high=3), SOURCE, _reduce, include_self=_own)
+        case("scatter_reduce.two", N, 1, whole(3, 2, high=4), M, _reduce, include_self=_own)
+        case("scatter_reduce.two", t(2, 3, 4).float(), -1, whole(2, 3, 5, high=4), t(2, 3, 5).float(), _reduce,
+             include_self=_own)
+        case("scatter_reduce.two", torch.tensor(2.0), 0, torch.tensor(0), torch.tensor(3.0), _reduce,
+             include_self=_own)
+case("scatter_reduce.two", torch.tensor([1.0, math.nan, -math.inf]), 0, torch.tensor([0, 2, 0]),
+     torch.tensor([math.nan, 4.0, 2.0]), "amax")
+case("histc", X, 5, -1, 1)
+case("histc", X.float(), 7)
+case("histc", torch.tensor([0.0, 1.0, 0.5, 0.25, 2.0, -1.0, math.nan, math.inf]), 4, 0, 1)
+case("histc", torch.full((5,), 2.0), 3)
+case("histc", torch.linspace(-3, 3, 1000), 100, -2.5, 2.5)
+case("as_strided", X, [2, 3], [1, 4])
+case("as_strided", X, [3, 2, 2], [4, 1, 1], 1)
+case("as_strided", LINE, [4, 3, 2], [5, 1, 7], 3)
 case("embedding", t(6, 3), whole(2, 4, high=6))
 case("embedding", t(6, 3), whole(2, 4, high=6), 2)
 case("one_hot", whole(3, high=4), 4)
@@ -285,6 +314,9 @@ for _affine in (True, False):
     case("instance_norm", IMAGE, _weight, _bias, None, None, True, 0.1, 1e-5, False)
 case("layer_norm", X, [4], t(4), t(4, seed=1))
 case("layer_norm", IMAGE, [7, 6], t(7, 6), None, 1e-3)
+case("layer_norm", X.float(), [4], t(4).float(), t(4, seed=1).float(), 1e-3)
+case("layer_norm", X.float(), [4], t(4).float())
+case("layer_norm", X.bfloat16(), [4])
 case("layer_norm", X.half(), [4], t(4).half(), t(4, seed=1).half())
 case("rms_norm", X, [4], t(4), 1e-6)
 case("rms_norm", X, [4])
@@ -483,6 +515,32 @@ def test_unpooling():
     values, places = torch.nn.functional.max_pool2d(IMAGE, 2, return_indices=True)
     right = torch.nn.functional.max_unpool2d(values, places, 2, output_size=(7, 6))
     close(OPERATIONS["max_unpool2d"](_as_array(values), _as_array(places), (7, 6)), right, right.dtype)
+
+
+def test_batch_statistics():
+    "Over thousands of values far from zero they are exact but for a few roundings."
+    x = t(2, 4, 96, 96).float() + 5
+    _, mean, variance = OPERATIONS["batch_norm"](_as_array(x), None, None, mx.zeros(4), mx.zeros(4), True, 1.0)
+    assert np.abs(np.array(mean) - x.double().mean((0, 2, 3)).numpy()).max() < 5e-6
+    assert np.abs(np.array(variance) - x.double().var((0, 2, 3)).numpy()).max() < 1e-6
+
+
+@pytest.mark.parametrize("given", ((True, True), (True, False), (False, False)))
+def test_gradients_of_layer_norm_in_float32(given):
+    "MLX's own operation, which has no float64, and is another one there."
+    tensors = [t(3, 5).float(), *(t(5, seed=i).float() if there else None for i, there in enumerate(given))]
+    fresh = [v if v is None else v.clone().requires_grad_() for v in tensors]
+    factor = t(3, 5, seed=7).float()
+    there = [i for i, v in enumerate(tensors) if v is not None]
+    right = torch.autograd.grad((ATEN.layer_norm(fresh[0], [5], *fresh[1:]) * factor).sum(),
+                                [fresh[i] for i in there])
+
+    def loss(*values):
+        full = dict(zip(there, values))
+        y = OPERATIONS["layer_norm"](full[0], [5], full.get(1), full.get(2))
+        return (y * _as_array(factor)).sum()
+    found = mx.grad(loss, tuple(range(len(there))))(*(_as_array(tensors[i]) for i in there))
+    for a, b in zip(results(found), right): close(a, b, torch.float32)
 
 
 @pytest.mark.parametrize("name", ("dropout", "feature_dropout", "alpha_dropout",

@@ -2,9 +2,11 @@
 
 `make zoo` prints a table; ZOO="unet resnet" takes those whose names hold one of the words.
 """
+import copy
 import functools
 import sys
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ import torch
 import flashconv
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 ZOO = {}  # name -> function that makes (network, positional example, example by name)
@@ -249,9 +252,9 @@ ZOO |= {
                              attention_levels=(False, True), num_res_blocks=1,
                              num_head_channels=8),
     "spade": monai("SPADENet", lambda: torch.nn.functional.one_hot(
-        torch.arange(256).reshape(1, 16, 16) % 3, 3).permute(0, 3, 1, 2).float(), (1, 1, 16, 16),
+        torch.arange(256).reshape(1, 16, 16) % 3, 3).permute(0, 3, 1, 2).float(),
         spatial_dims=2, in_channels=1, out_channels=1, label_nc=3, input_shape=[16, 16],
-        channels=[8, 8]),
+        channels=[8, 8], is_vae=False),
 }
 
 
@@ -278,44 +281,74 @@ def flat(output):
     return [output] if is_real else []
 
 
-def error(ours, theirs):
-    "The largest difference, by the largest value."
-    a, b = np.array(ours, np.float64), theirs.detach().numpy().astype(np.float64)
-    if a.shape != b.shape: return np.inf
-    if not a.size: return 0.0
-    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-8)) if np.isfinite(b).all() else 0.0
-
-
 def factors(outputs):
     "What outputs are multiplied with before they are summed to a loss."
     return [np.random.default_rng(i).normal(size=tuple(y.shape)) for i, y in enumerate(outputs)]
 
 
-def compared(theirs, ours, args, kwargs):
-    "The errors of outputs, of all gradients and of the state afterwards."
-    theirs.zero_grad()
-    right = flat(theirs(*args, **kwargs))
-    weights = factors(right)
-    trained = [y for y in right if y.requires_grad]
-    if trained: sum((y * torch.tensor(w)).sum() for y, w in zip(right, weights)).backward()
+class Run(NamedTuple):
+    "What a network gives and what it is afterwards."
+    outputs: dict  # number -> array
+    gradients: dict  # name -> array
+    state: dict  # name -> array: parameters and buffers of reals
 
+
+class Errors(NamedTuple):
+    "Differences of two runs, by the largest value of each array."
+    outputs: dict
+    gradients: dict
+    state: dict
+
+    def worst(self): return [max(part.values(), default=0.0) for part in self]
+
+
+def as_numpy(tensors): return {name: v.detach().numpy().astype(np.float64) for name, v in tensors.items()
+                               if v.is_floating_point()}
+
+
+def ran(theirs, args, kwargs):
+    "PyTorch's outputs, gradients of their weighted sum, and state."
+    theirs.zero_grad()
+    outputs = flat(theirs(*args, **kwargs))
+    trained = [y for y in outputs if y.requires_grad]
+    if trained: sum((y * torch.tensor(w)).sum() for y, w in zip(outputs, factors(outputs))).backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    return Run(as_numpy(dict(enumerate(outputs))), as_numpy(gradients), as_numpy(theirs.state_dict()))
+
+
+def ran_here(ours, args, kwargs):
+    "The same of ours."
     def loss(model):
         outputs = flat(model(*arrays(args), **arrays(kwargs)))
-        return sum((y * mx.array(w)).sum() for y, w in zip(outputs, weights)), outputs
+        return sum((y * mx.array(w)).sum() for y, w in zip(outputs, factors(outputs))), outputs
     (_, outputs), gradients = nn.value_and_grad(ours, loss)(ours)
     gradients = gradients_by_name(ours, gradients)
-    worst = max(map(error, outputs, right)) if len(outputs) == len(right) else np.inf
-    steep, scale = 0.0, max((float(p.grad.abs().max()) for p in theirs.parameters()
-                             if p.grad is not None), default=1.0)
-    for name, parameter in theirs.named_parameters():
-        if parameter.grad is None: continue
-        a = np.array(gradients[name], np.float64)
-        own = max(float(parameter.grad.abs().max()), 1e-6 * scale, 1e-300)
-        steep = max(steep, float(np.abs(a - parameter.grad.numpy()).max()) / own)
-    state = flashconv.to_torch_state(ours)
-    buffers = [error(state[name].numpy(), value) for name, value in theirs.state_dict().items()
-               if value.is_floating_point()]
-    return worst, steep, max(buffers, default=0.0)
+    return Run({i: np.array(y, np.float64) for i, y in enumerate(outputs)},
+               {name: np.array(g, np.float64) for name, g in gradients.items()},
+               as_numpy(flashconv.to_torch_state(ours)))
+
+
+def errors(run, right):
+    "Differences; infinite where something is missing, nothing where PyTorch's is no number."
+    def each(ours, theirs, floor):
+        found = {}
+        for name, b in theirs.items():
+            a = ours.get(name)
+            if a is None or a.shape != b.shape: found[name] = np.inf
+            elif not b.size or not np.isfinite(b).all(): found[name] = 0.0
+            else: found[name] = float(np.abs(a - b).max() / max(np.abs(b).max(), floor))
+        return found
+    steepest = max((float(np.abs(g).max()) for g in right.gradients.values() if g.size), default=1.0)
+    outputs = each(run.outputs, right.outputs, 1e-8)
+    if len(run.outputs) != len(right.outputs): outputs["count"] = np.inf
+    return Errors(outputs, each(run.gradients, right.gradients, max(1e-6 * steepest, 1e-300)),
+                  each(run.state, right.state, 1e-8))
+
+
+def compared(theirs, ours, args, kwargs):
+    "The largest errors of outputs, of all gradients and of the state afterwards."
+    right = ran(theirs, args, kwargs)
+    return errors(ran_here(ours, args, kwargs), right).worst()
 
 
 def gradients_by_name(ours, gradients):
@@ -338,7 +371,8 @@ def without_chance(model):
     "Dropout would draw other numbers."
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd): module.p = 0.0
-        if hasattr(module, "drop_connect_rate"): module.drop_connect_rate = 0.0
+        for name in ("drop_connect_rate", "dropout_prob"):
+            if hasattr(module, name): setattr(module, name, 0.0)
     return model
 
 
@@ -348,20 +382,97 @@ def made(name):
     return without_chance(model).double(), doubled(args), doubled(kwargs)
 
 
+def halved(value):
+    return torch.utils._pytree.tree_map(
+        lambda v: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, value)
+
+
+BOUND = 5e-6  # sigmoid, exp and erf of MLX have the precision of float32 in float64
+SHARE = 2  # of the error that PyTorch itself makes in float32: so much depth explains
+
+
+class Verdict(NamedTuple):
+    "The largest errors, and the largest as a share of what it may be."
+    outputs: float
+    gradients: float
+    state: float
+    share: float
+
+
+def judged(theirs, ours, args, kwargs):
+    """How far ours is off, with PyTorch's float64 as the judge.
+
+    An error may be `BOUND`, or where rounding grows through depth, `SHARE` times that of PyTorch's
+    float32 on the same array.
+    """
+    single = copy.deepcopy(theirs).float()
+    right = ran(theirs, args, kwargs)
+    found = errors(ran_here(ours, args, kwargs), right)
+    share = max(found.worst()) / BOUND
+    if share >= 1:
+        rounding = errors(ran(single, halved(args), halved(kwargs)), right)
+        share = max(error / max(BOUND, SHARE * part.get(name, 0.0)) for part, other in zip(
+            rounding, found) for name, error in other.items())
+    return Verdict(*found.worst(), share)
+
+
+STEPS, RATE, MOMENTUM = 3, 1e-3, 0.9  # of fine-tuning
+
+
+def learned(theirs, args, kwargs, goals):
+    "PyTorch's losses in a few steps."
+    moves, losses = torch.optim.SGD(theirs.parameters(), RATE, MOMENTUM), []
+    for _ in range(STEPS):
+        moves.zero_grad()
+        outputs = flat(theirs(*args, **kwargs))
+        loss = sum((y - torch.tensor(goal)).square().mean() for y, goal in zip(outputs, goals))
+        loss.backward()
+        moves.step()
+        losses.append(loss.item())
+    assert len(set(losses)) == STEPS, "nothing was learned"
+    return np.array(losses)
+
+
+def learned_here(ours, args, kwargs, goals):
+    "The same of ours."
+    def loss(model):
+        outputs = flat(model(*arrays(args), **arrays(kwargs)))
+        return sum(mx.square(y - mx.array(goal)).mean() for y, goal in zip(outputs, goals))
+    moves, losses = optim.SGD(RATE, MOMENTUM), []
+    for _ in range(STEPS):
+        value, gradients = nn.value_and_grad(ours, loss)(ours)
+        moves.update(ours, gradients)
+        mx.eval(ours.state, moves.state)
+        losses.append(value.item())
+    return np.array(losses)
+
+
+def tuned(theirs, ours, args, kwargs):
+    "The largest difference of the losses of a few steps, and as a share of what it may be."
+    theirs.train()
+    ours.train()
+    goals, single = factors(flat(theirs(*args, **kwargs))), copy.deepcopy(theirs).float()
+    flashconv.load_torch_state(ours, theirs.state_dict())
+    right = learned(theirs, args, kwargs, goals)
+    worst = float((np.abs(learned_here(ours, args, kwargs, goals) - right) / right).max())
+    if worst < BOUND: return worst, worst / BOUND
+    rounding = np.abs(learned(single, halved(args), halved(kwargs), goals) - right) / right
+    return worst, worst / max(BOUND, SHARE * float(rounding.max()))
+
+
 def tried(name, dynamic_shapes=None):
-    "The errors in evaluation and in training."
+    "The verdicts in evaluation and in training, and how far the losses of three steps are off."
     theirs, args, kwargs = made(name)
     ours = flashconv.convert_model(theirs, args, kwargs, dynamic_shapes=dynamic_shapes)
     results = []
     for training in (False, True):
         theirs.train(training)
         ours.train(training)
-        try: results.append(compared(theirs, ours, args, kwargs))
+        try: results.append(judged(theirs, ours, args, kwargs))
         except Exception as problem: results.append(f"{type(problem).__name__}: {problem}"[:300])
+    try: results.append(tuned(theirs, ours, args, kwargs))
+    except Exception as problem: results.append(f"{type(problem).__name__}: {problem}"[:300])
     return results
-
-
-BOUND = 5e-6  # sigmoid, exp and erf of MLX have the precision of float32 in float64
 
 
 def main(words):
@@ -369,19 +480,21 @@ def main(words):
     names = [name for name in ZOO if not words or any(word in name for word in words)]
     good = 0
     print(f"{'network':24}{'evaluation':>12}{'gradients':>12}{'training':>12}{'gradients':>12}"
-          f"{'statistics':>12}")
+          f"{'statistics':>12}{'three steps':>12}{'of bound':>12}")
     for name in names:
-        try: evaluation, training = tried(name)
+        try: results = tried(name)
         except Exception as problem:
             print(f"{name:24}{type(problem).__name__}: {str(problem)[:400]}", flush=True)
             continue
-        if isinstance(evaluation, str) or isinstance(training, str):
-            print(f"{name:24}{evaluation} | {training}", flush=True)
+        if any(isinstance(result, str) for result in results):
+            print(f"{name:24}" + " | ".join(map(str, results)), flush=True)
             continue
-        errors = *evaluation[:2], *training
-        good += max(errors) < BOUND
-        print(f"{name:24}" + "".join(f"{e:12.1e}" for e in errors), flush=True)
-    print(f"{good} of {len(names)} equal PyTorch in both modes, with all gradients")
+        evaluation, training, steps = results
+        share = max(result[-1] for result in results)
+        good += share < 1
+        shown = *evaluation[:2], *training[:3], steps[0], share
+        print(f"{name:24}" + "".join(f"{e:12.1e}" for e in shown), flush=True)
+    print(f"{good} of {len(names)} equal PyTorch in both modes, with all gradients and three steps")
 
 
 if __name__ == "__main__": main(sys.argv[1:])

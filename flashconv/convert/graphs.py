@@ -45,9 +45,10 @@ def _found(node, own):
 # %% ../../nbs/28_graphs.ipynb #d85dc8e7
 def _line_of(node):
     "Where in the user's code a node comes from."
-    traced = next((n for n in _before(node) if n.meta.get("stack_trace")), node)
+    traced = next((n for n in _before(node) if n.meta.get("stack_trace")
+                   and _module_of(n) == _module_of(node)), node)
     lines = [line.strip() for line in (traced.meta.get("stack_trace") or "").splitlines()]
-    files = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    files = [i for i, line in enumerate(lines) if line.startswith("File ") and '"<' not in line]
     users = [i for i in files if not re.search(r"[/\\]torch[/\\](nn|_\w+|functional)", lines[i])]
     if not files: return _module_of(node) or "a line that the exported program does not say"
     i = (users or files)[-1]
@@ -105,7 +106,9 @@ class _Lines:
         self.taken, self.state_nodes, self.written = set(), {}, {}
         self.stack, self.stacks, self.kept = (), [], {}
         self.uses, self.calls, self.failed, self.stopped = [], [], set(), set()
+        self.unknown = set()
         self.sharing, self.results, self.arguments, self.expressions = {}, {}, {}, {}
+        self.replaced, self.absorbed, self.dropped = {}, set(), set()  # by folding
         self.own_names = {key: "own_" + re.sub(r"\W", "_", key) for key in own}
         functions = {self.own_names[key]: function for key, function in own.items()}
         self.space = {"mx": mx, "math": math, "inf": math.inf, "nan": math.nan, "self": root,
@@ -226,8 +229,12 @@ def expression(self: _Lines, node, first=None):
     if node.target is operator.getitem: return self.item(node, first)
     key = _found(node, self.own)
     if key is None: raise LookupError("no equal is known")
+    if key.startswith("as_strided") and not _is_whole(node.args[0]): raise ValueError(
+        "its steps are those of memory that holds more than this tensor, or in another order")
     arguments = [self.text(value) for value in (*node.args, *_defaults(node, key))]
     if first is not None: arguments[0] = first
+    for place, name in self.replaced.get(node, {}).items():
+        arguments[place:place + 1] = [self.state.place_of(name)]
     named = {name: self.text(value) for name, value in node.kwargs.items()
              if name not in _LEFT_OUT}
     if key in self.own_names:
@@ -243,6 +250,12 @@ def _defaults(node, key):
     if not key.startswith("conv"): return []
     rest = node.target._schema.arguments[len(node.args):]
     return [argument.default_value for argument in rest]
+
+def _is_whole(node):
+    "Whether a tensor is all that its memory holds, in order."
+    value = node.meta["val"]
+    nbytes = math.prod(map(_hint, value.shape)) * value.element_size()
+    return value.is_contiguous() and nbytes == _hint(value.untyped_storage().nbytes())
 
 def _call(function, arguments, named):
     return f"{function}({', '.join([*arguments, *(f'{k}={v}' for k, v in named.items())])})"
@@ -340,10 +353,12 @@ def look(self: _Lines, node):
 # %% ../../nbs/28_graphs.ipynb #303cac79
 @patch
 def memory(self: _Lines, node):
+    return _memory(node)
+
+def _memory(node):
     "What identifies the memory of a tensor; None for what is none."
     value = node.meta.get("val")
-    if not isinstance(value, self.torch.Tensor): return None
-    return value.untyped_storage()._cdata
+    return value.untyped_storage()._cdata if hasattr(value, "untyped_storage") else None
 
 # %% ../../nbs/28_graphs.ipynb #12f16052
 @patch
@@ -376,7 +391,7 @@ def put(self: _Lines, node, target, value):
 def is_spread(self: _Lines, view):
     "Whether a view shows values more than once."
     if view.op != "call_function" or view.target is operator.getitem: return False
-    if _operation_name(view) == "unfold": return True
+    if _operation_name(view) in ("unfold", "as_strided"): return True
     value = view.meta["val"]
     return any(step == 0 for step, n in zip(value.stride(), value.shape) if _hint(n) > 1)
 
@@ -386,7 +401,7 @@ def graph(self: _Lines, graph):
     "All lines of a graph; returns what it gives back."
     for node in graph.nodes:
         if node.op == "output": return node.args[0]
-        if node.op == "call_function":
+        if node.op == "call_function" and node not in self.dropped:
             stack = node.meta.get("nn_module_stack")
             if stack: self.stack = tuple(call for call, _ in list(stack.values())[1:])
             self.node(node)
@@ -396,10 +411,13 @@ def graph(self: _Lines, graph):
 def node(self: _Lines, node):
     "The line of one node."
     torch, target = self.torch, node.target
+    if self.is_unknown(node): return
     if target is operator.getitem: return self.one_of(node)
     if isinstance(target, torch._ops.HigherOrderOperator): return self.block(node)
     if not isinstance(target, torch._ops.OpOverload): return self.number(node)
-    if self.is_unknown_number(node): return
+    if node in self.absorbed:
+        self.same[node] = node.args[0]
+        return
     name = _operation_name(node)
     self.uses.append(node)
     if name in _CHECKS: self.name[node] = "None"
@@ -438,17 +456,23 @@ def without(self: _Lines, node, reason):
     return name
 
 @patch
-def is_unknown_number(self: _Lines, node):
-    "Refuse a number that depends on values in an array."
-    value, torch = node.meta.get("val"), self.torch
-    unknown = any(_is_unknown(item) for item in (value if isinstance(value, (tuple, list))
-                                                 else [value]))
-    if unknown or _operation_name(node) in ("item", "_local_scalar_dense"):
-        self.problem(node, f"{self.title(node)}: what follows depends on values of the data",
-                     "compute it outside of the network, or write it with where")
-        self.name[node] = self.fresh(node.name)
-        self.space[self.name[node]] = self.stand_in(node)
-        return True
+def is_unknown(self: _Lines, node):
+    "Refuse what depends on values in an array: a number, or how many values there are."
+    follows = self.unknown.intersection(node.all_input_nodes)
+    is_number = hasattr(node.target, "_schema") and _operation_name(node) in (
+        "item", "_local_scalar_dense")
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    if not (follows or is_number or any(map(_is_unknown, values))): return False
+    if not follows: self.problem(node, f"{self.title(node)}: {_OF_DATA[is_number]}", _OUTSIDE)
+    self.unknown.add(node)
+    self.name[node] = self.fresh(node.name)
+    self.space[self.name[node]] = self.stand_in(node)
+    return True
+
+_OF_DATA = ("how many values it gives depends on the data",
+            "what follows depends on values of the data")
+_OUTSIDE = "compute it outside of the network, or write it with where, which keeps all places"
 
 # %% ../../nbs/28_graphs.ipynb #96679b4a
 def _is_unknown(value):
@@ -534,9 +558,10 @@ def block(self: _Lines, node):
     at = next((i for i, a in enumerate(arguments) if getattr(a, "op", "") == "get_attr"), None)
     known = ("set_grad_enabled", "autocast", "checkpoint", "wrap", "invoke_subgraph")
     casts = "autocast" in kind and arguments[2] and arguments[0] == "cpu"
-    if at is None or casts or not any(word in kind for word in known):
-        return self.refuse_block(node, "autocast" if casts else f"control flow ({kind})")
-    body = getattr(node.graph.owning_module, arguments[at].target)
+    body = None if at is None else getattr(node.graph.owning_module, arguments[at].target)
+    if casts: return self.refuse_block(node, body, "autocast", _CASTS)
+    if body is None or not any(word in kind for word in known):
+        return self.refuse_block(node, body, f"control flow ({kind})", _BRANCHES)
     outer = [a for a in arguments[at + 1:] if "invoke" not in kind or not isinstance(a, str)]
     for inner, value in zip((n for n in body.graph.nodes if n.op == "placeholder"), outer):
         if isinstance(value, self.torch.fx.Node): self.same[inner] = value
@@ -547,11 +572,15 @@ def block(self: _Lines, node):
 
 # %% ../../nbs/28_graphs.ipynb #3728e7aa
 @patch
-def refuse_block(self: _Lines, node, what):
-    self.problem(node, f"{what} has no equal", "write it with where, or give an MLX module for "
-                 "what holds it in modules={...}")
+def refuse_block(self: _Lines, node, body, what, remedy):
+    inner = () if body is None else body.graph.nodes
+    traced = next((n for n in (node, *inner) if n.meta.get("stack_trace")), node)
+    self.problem(traced, f"{what} has no equal", remedy)
     self.name[node] = self.fresh(node.name)
     self.space[self.name[node]] = self.stand_in(node)
+
+_BRANCHES = "write it with where, or give an MLX module for what holds it in modules={...}"
+_CASTS = "leave it out, or enabled=False, and convert the network in the dtype that it should have"
 
 # %% ../../nbs/28_graphs.ipynb #d4ff1efa
 @patch

@@ -158,8 +158,8 @@ def _clamp(x, low=None, high=None):
     for bound in (low, high):
         if isinstance(bound, float) and not mx.issubdtype(x.dtype, mx.inexact):
             x = x.astype(mx.float32)
-    if low is not None: x = mx.where(x < low, low, x)
-    return x if high is None else mx.where(x > high, high, x)
+    if low is not None: x = mx.maximum(low, x)
+    return x if high is None else mx.minimum(high, x)
 
 @_operation("softplus")
 def _softplus(x, beta=1, threshold=20):
@@ -168,8 +168,8 @@ def _softplus(x, beta=1, threshold=20):
 
 @_operation("elu")
 def _elu(x, alpha=1.0, scale=1.0, input_scale=1.0):
-    below = (scale * alpha) * mx.expm1(mx.where(x > 0, 0, x) * input_scale)
-    return mx.where(x > 0, x * scale, below)
+    below = (scale * alpha) * mx.expm1(mx.minimum(0, x) * input_scale)
+    return mx.maximum(x, 0) * scale + below
 
 @_operation("log_sigmoid")
 def _log_sigmoid(x): return mx.minimum(x, 0) - mx.log1p(mx.exp(-mx.abs(x)))
@@ -198,7 +198,12 @@ def _hardswish(x): return (x * (_bounded(_wide(x) + 3, 0, 6) / 6)).astype(x.dtyp
 def _prelu(x, weight):
     if weight.size > 1 and x.ndim > 1 and weight.ndim == 1:
         weight = weight.reshape(-1, *(1,) * (x.ndim - 2))
-    return mx.where(x > 0, x, x * weight)
+    return mx.maximum(x, 0) + weight * mx.minimum(0, x)
+
+@_operation("leaky_relu")
+def _leaky_relu(x, negative_slope=0.01):
+    if 0 < negative_slope <= 1: return mx.maximum(x, x * negative_slope)
+    return mx.where(x > 0, x, x * negative_slope)
 
 # %% ../../nbs/24_operations.ipynb #ba0d5920
 _SELU = 1.6732632423543772, 1.0507009873554805  # alpha and scale
@@ -209,7 +214,6 @@ OPERATIONS |= {
     "selu": lambda x: _elu(x, *_SELU), "threshold": lambda x, threshold, value:
     mx.where(x <= threshold, mx.array(value, x.dtype), x),
     "celu": lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1 / alpha),
-    "leaky_relu": lambda x, negative_slope=0.01: mx.where(x > 0, x, x * negative_slope),
     "clamp_min": lambda x, low: _clamp(x, low), "clamp_max": lambda x, high: _clamp(x, None, high),
     "hardshrink": lambda x, lambd=0.5: mx.where(mx.abs(x) <= lambd, mx.array(0, x.dtype), x),
     "softshrink": lambda x, lambd=0.5: mx.where(
@@ -378,6 +382,11 @@ def _unfold(x, dim, size, step):
     windows = mx.take(x, starts[:, None] + mx.arange(size), axis)
     return mx.moveaxis(windows, axis + 1, -1)
 
+@_operation("as_strided", "as_strided_copy")
+def _as_strided(x, size, stride, offset=None):
+    "Values of a whole contiguous array, by steps in memory."
+    return mx.as_strided(x, size, stride, offset or 0)
+
 @_operation("flip")
 def _flip(x, dims):
     reverse, axes = slice(None, None, -1), _axes(list(dims), x.ndim) if dims else ()
@@ -497,6 +506,73 @@ def _scatter(x, dim, index, values, *, reduce=None):
 @_operation("scatter_add")
 def _scatter_add(x, dim, index, values): return _scatter(x, dim, index, values, reduce="add")
 
+# %% ../../nbs/24_operations.ipynb #b7ccbe92
+def _lowest(dtype): return -math.inf if mx.issubdtype(dtype, mx.floating) else mx.iinfo(dtype).min
+
+def _highest(dtype): return math.inf if mx.issubdtype(dtype, mx.floating) else mx.iinfo(dtype).max
+
+_TOGETHER = {"sum": ("add", lambda _: 0), "mean": ("add", lambda _: 0),
+             "prod": ("multiply", lambda _: 1), "amax": ("maximum", _lowest),
+             "amin": ("minimum", _highest)}  # the name in MLX, and what changes nothing
+
+@_operation("scatter_reduce", "scatter_reduce_two")
+def _scatter_reduce(x, dim, index, src, reduce, *, include_self=True):
+    if not index.size: return x
+    if x.ndim == 0: return _scatter_reduce(
+        x[None], 0, index.reshape(1), src.reshape(1), reduce, include_self=include_self)[0]
+    src, places = src[tuple(map(slice, index.shape))].astype(x.dtype), _grid(index, dim, x.ndim)
+    if reduce not in ("sum", "mean"): return _taken(reduce, include_self, dim)(x, index, src)
+    total = _met(x, places, src, reduce, include_self)
+    if reduce == "sum": return total
+    count = mx.zeros(x.shape, x.dtype).at[places].add(mx.ones(src.shape, x.dtype))
+    count = mx.maximum(count + include_self, 1)
+    return total / count if _is_real(x) else mx.floor_divide(total, count)
+
+# %% ../../nbs/24_operations.ipynb #377ae66a
+def _met(x, places, src, reduce, include_self):
+    "Values taken together at their places."
+    name, neutral = _TOGETHER[reduce]
+    if not include_self:
+        x = mx.array(x)
+        x[places] = mx.full(src.shape, neutral(x.dtype), x.dtype)
+    y = getattr(x.at[places], name)(src)
+    if name not in ("maximum", "minimum") or not _is_real(x): return y
+    is_nan = mx.zeros(x.shape, mx.int32).at[places].add(mx.isnan(src).astype(mx.int32)) > 0
+    return mx.where(is_nan, math.nan, y)  # which MLX's maximum at a place loses
+
+def _taken(reduce, include_self, dim):
+    "Products, maxima or minima at places along an axis, with PyTorch's gradients."
+    @mx.custom_function
+    def apply(x, index, src):
+        return _met(x, _grid(index, dim, x.ndim), src, reduce, include_self)
+
+    @apply.vjp
+    def _(arrays, cotangent, result):
+        x, index, src = arrays
+        places = _grid(index, dim, x.ndim)
+        parts = _product_parts if reduce == "prod" else _shares
+        own, theirs = parts(x, src, places, result, cotangent, include_self)
+        if not include_self: own[places] = mx.zeros(src.shape, x.dtype)
+        return own, mx.zeros_like(index), theirs
+    return apply
+
+# %% ../../nbs/24_operations.ipynb #b359f338
+def _shares(x, src, places, result, cotangent, _):
+    "The gradient of a maximum, which all that have its value share."
+    is_own, is_theirs = (x == result).astype(x.dtype), (src == result[places]).astype(x.dtype)
+    each = cotangent / is_own.at[places].add(is_theirs)
+    return mx.where(is_own != 0, each, 0), mx.where(is_theirs != 0, each[places], 0)
+
+def _product_parts(x, src, places, result, cotangent, include_self):
+    "The gradient of a product: what the others give; a zero that stands alone has one, too."
+    nonzero = mx.where(x == 0, 1, x)
+    own = cotangent * _met(nonzero, places, src, "prod", include_self) / nonzero
+    zeros = mx.zeros(x.shape, x.dtype).at[places].add((src == 0).astype(x.dtype))[places]
+    is_alone = mx.logical_and(src == 0, zeros == 1)
+    others = _met(x, places, mx.where(is_alone, 1, src), "prod", include_self)
+    return own, mx.where(is_alone, (cotangent * others)[places],
+                         (cotangent * result)[places] / mx.where(src == 0, 1, src))
+
 # %% ../../nbs/24_operations.ipynb #d5d84059
 @_operation("index_add")
 def _index_add(x, dim, index, values, *, alpha=1):
@@ -537,6 +613,22 @@ def _embedding(weight, index, padding_idx=-1, *_):
 def _bucketize(x, boundaries, *, out_int32=False, right=False):
     passed = boundaries <= x[..., None] if right else boundaries < x[..., None]
     return mx.sum(passed, -1).astype(mx.int32 if out_int32 else mx.int64)
+
+@_operation("histc")
+def _histc(x, bins=100, low=0, high=0):
+    "How many values lie in each of equal parts of a range; what lies outside counts nowhere."
+    if not _is_real(x): raise ValueError("PyTorch counts floats only")
+    flat = x.reshape(-1)
+    if low == high and flat.size:
+        low, high = mx.min(flat), mx.max(flat)
+        low, high = mx.where(low == high, low - 1, low), mx.where(low == high, high + 1, high)
+    elif low == high: low, high = low - 1, high + 1
+    low, high = mx.array(low, x.dtype), mx.array(high, x.dtype)
+    is_inside = mx.logical_and(flat >= low, flat <= high)
+    places = (mx.where(is_inside, flat - low, 0) * bins / (high - low)).astype(mx.int32)
+    counts = mx.zeros((bins,), x.dtype).at[mx.minimum(places, bins - 1)].add(
+        is_inside.astype(x.dtype))
+    return mx.stop_gradient(counts)
 
 @_operation("tril_indices")
 def _tril_indices(rows, columns, offset=0, *, dtype=None, **_):

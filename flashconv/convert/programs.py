@@ -14,6 +14,7 @@ import logging
 import math
 import re
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/25_programs.ipynb #20c78f8a
 from ..algorithms.explain import _watched
+from .graph_folding import _GraphFolding
 from .graphs import (
     _OPS, _FLAGS, _Lines, _found, _hint, _needed, _operation_name)
 from .layers import _Frozen, _as_array
@@ -138,7 +140,8 @@ def fill(self: _Tree, path):
         if not is_list and key != last: names[key] = last
         if not is_list: taken.add(key)
         self.keys[child] = (*keys, *step)
-        self.parts[child] = made = self.own.get(child) or Part(self.kinds[child])
+        made = self.own[child] if child in self.own else Part(self.kinds[child])
+        self.parts[child] = made
         if is_list: part["layers"].append(made)
         else: dict.__setitem__(part, key, made)
         if child not in self.own: self.fill(child)
@@ -434,9 +437,7 @@ class ExportedNetwork(Part):
     ):
         "Call the network in its mode."
         program = self._programs[bool(self._training)]
-        if isinstance(program, str):
-            mode = "training" if self._training else "evaluation"
-            raise ValueError(f"PyTorch could not export the network in {mode} mode: {program}")
+        if isinstance(program, str): raise ValueError(program)
         return program(self, args, kwargs)
 
     @property
@@ -533,17 +534,20 @@ def _export(torch, model, args, kwargs, dynamic_shapes, is_training):
             except Exception: raise first from None
 
 # %% ../../nbs/25_programs.ipynb #9218a428
-def _registered_outputs(torch, model, args, kwargs):
-    "Whether the model gives a dataclass that PyTorch did not know; it does now."
+def _called(torch, model, args, kwargs):
+    "What PyTorch's network gives for copies of the example; its buffers are as before."
     copies = torch.utils._pytree.tree_map(
         lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
     state = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    try:
-        with torch.no_grad(): return _register(torch, model(*copies[0], **copies[1]))
-    except Exception: return False
-    finally:
-        with torch.no_grad():
+    with torch.no_grad():
+        try: return model(*copies[0], **copies[1])
+        finally:
             for name, tensor in model.named_buffers(): tensor.copy_(state[name])
+
+def _registered_outputs(torch, model, args, kwargs):
+    "Whether the model gives a dataclass that PyTorch did not know; it does now."
+    try: return _register(torch, _called(torch, model, args, kwargs))
+    except Exception: return False
 
 # %% ../../nbs/25_programs.ipynb #8ac1b200
 def _register(torch, value):
@@ -561,15 +565,17 @@ _REMEDIES = ("Usual remedies: torch.where instead of an if on values, sizes inst
              "dynamic_shapes without what the message names, or an MLX module for the part in "
              "question in modules={...}")
 
+_NOT_THE_USERS = re.compile(r"[/\\](torch|flashconv)[/\\]|^<|"
+                            + re.escape(sysconfig.get_path("stdlib")) + r"[/\\](?!site-packages)")
+
 def _refusal(error):
     "Why the exporter gave up, in a sentence, with the user's line if it is known."
     text = str(error).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
+    if reason.startswith("Constraints violated"): reason = " ".join(lines[:2])
     places = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
-    own = [p for p in places if not re.search(r"[/\\]torch[/\\]", p[0])]
-    own += [place for place in _frames_of(error)
-            if not re.search(r"[/\\](torch|flashconv)[/\\]|^<", place[0])]
+    own = [p for p in (*places, *_frames_of(error)) if not _NOT_THE_USERS.search(p[0])]
     where = f", at {own[-1][0]}, line {own[-1][1]}" if own else ""
     return f"{reason.rstrip('.')}{where}"
 
@@ -588,10 +594,11 @@ def _frames_of(error):
     return frames
 
 # %% ../../nbs/25_programs.ipynb #77bcb049
-def _program(exported, tree, own, is_training, torch, names, calls=()):
+def _program(exported, tree, own, is_training, torch, names, calls=(), folding=None):
     "The program of a graph, and what stood in its way."
     lines = _Lines(tree.root, tree, own, is_training, torch)
     lines.calls = calls
+    if folding is not None: lines.fold(folding)
     inputs, states = _inputs(lines, exported, tree, torch)
     _dry(tree.root, is_training)
     result = lines.graph(exported.graph)
@@ -609,6 +616,13 @@ def _program(exported, tree, own, is_training, torch, names, calls=()):
     return program, lines
 
 # %% ../../nbs/25_programs.ipynb #b21f61ab
+@patch
+def fold(self: _Lines, folding):
+    "Leave out what a folded graph does without."
+    self.replaced, self.absorbed = folding.replaced, folding.absorbed
+    self.dropped = folding.dropped
+    self.name |= dict.fromkeys(folding.dropped, "None")
+
 def _dry(root, is_training):
     "Nothing: modes are those of the example."
     if is_training is not None: root.train(is_training)
@@ -699,7 +713,7 @@ def _ends(lines, exported, result, states):
     return ends
 
 # %% ../../nbs/25_programs.ipynb #3f122f53
-def _converted(source, args, kwargs, dynamic_shapes, operations, modules):
+def _converted(source, args, kwargs, dynamic_shapes, operations, modules, fold):
     "The network that a module, an exported program or its file becomes, and its lines by mode."
     torch = sys.modules.get("torch")
     if isinstance(source, (str, Path)):
@@ -707,22 +721,38 @@ def _converted(source, args, kwargs, dynamic_shapes, operations, modules):
         source = _loaded(torch, Path(source))
     own = _checked_operations(operations)
     if torch is not None and isinstance(source, torch.export.ExportedProgram):
-        return _from_exported(source, own, torch)
+        for name, value in (("dynamic_shapes", dynamic_shapes), ("modules", modules)):
+            if value: raise TypeError(f"{name} is for a torch.nn.Module: what is exported has its "
+                                      "sizes, and its modules are operations already")
+        return _from_exported(source, own, torch, fold)
     if torch is None or not isinstance(source, torch.nn.Module):
         raise TypeError("expected model to be a torch.nn.Module, an ExportedProgram or a .pt2 "
                         f"file, but got {type(source)}")
     _check_example(torch, source, args, kwargs)
-    return _from_module(source, args, kwargs or {}, dynamic_shapes, own, modules or {}, torch)
+    if fold: _check_evaluation(torch, source)
+    return _from_module(source, args, kwargs or {}, dynamic_shapes, own, modules or {}, torch, fold)
 
 # %% ../../nbs/25_programs.ipynb #92398d50
 def _loaded(torch, path):
     if path.suffix != ".pt2": raise ValueError(f"expected a file named .pt2, but got {path}")
     with open(path, "rb"): pass  # or the error that says why not
-    try: return torch.export.load(str(path))
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RuntimeError(f"{path} is no exported program of this PyTorch ({torch.__version__}), "
-                           f"or damaged: {type(error).__name__}: {reason}") from error
+    with _heard("torch.export") as errors:
+        try: return torch.export.load(str(path))
+        except Exception as error:
+            reason = str((errors or [error])[0]).strip().partition("\n")[0]
+            raise RuntimeError(f"{path} is no exported program of this PyTorch "
+                               f"({torch.__version__}), or damaged: {reason}") from error
+
+@contextlib.contextmanager
+def _heard(name):
+    "The errors that a logger is told meanwhile, which it does not print."
+    logger, errors = logging.getLogger(name), []
+    def keep(record):
+        if record.exc_info: errors.append(record.exc_info[1])
+        return False
+    logger.addFilter(keep)
+    try: yield errors
+    finally: logger.removeFilter(keep)
 
 def _checked_operations(operations):
     if operations is None: return {}
@@ -732,6 +762,24 @@ def _checked_operations(operations):
     return {key if "::" in key else f"aten::{key}": f for key, f in operations.items()}
 
 # %% ../../nbs/25_programs.ipynb #9647689c
+def _check_run(torch, model, args, kwargs):
+    "Refuse an example on which PyTorch's network does not run either."
+    try:
+        with _in_mode(model, False), _quiet(): _called(torch, model, args, kwargs)
+    except Exception as error:
+        raise ValueError("the network does not run on this example in PyTorch: "
+                         f"{_refusal(error)}") from error
+
+def _check_evaluation(torch, model):
+    "Refuse to fold what is in training."
+    norms = torch.nn.modules.batchnorm._BatchNorm
+    training = [path for path, m in model.named_modules() if isinstance(m, norms) and m.training]
+    if training: raise ValueError(_IN_TRAINING.format(training))
+
+_IN_TRAINING = ("folding is for evaluation, but these norms are in training: {}; call model.eval() "
+                "first")
+_FOLDED = ("the network is folded, for evaluation: convert it without fold=True for training")
+
 def _check_example(torch, model, args, kwargs):
     "Refuse what is no example, and one on another device than the model."
     if not isinstance(args, tuple):
@@ -746,34 +794,43 @@ def _check_example(torch, model, args, kwargs):
     state = [*model.parameters(), *model.buffers()]
     if any(map(torch.nn.parameter.is_lazy, state)):
         raise ValueError("the network has lazy parameters without values: call it in PyTorch first")
+    if any(tensor.is_meta for tensor in state):
+        raise ValueError("the network lies on the device meta, where nothing has values: make it "
+                         "on another one, and load its state")
     devices = {str(tensor.device) for tensor in (*state, *tensors)}
     if len(devices) > 1:
         raise ValueError(f"the network and its example lie on {', '.join(sorted(devices))}: move "
                          "both to one, as in model.cpu()")
 
 # %% ../../nbs/25_programs.ipynb #e5881ca9
-def _from_module(model, args, kwargs, dynamic_shapes, own, modules, torch):
+_NOT_EXPORTED = {mode: f"PyTorch could not export the network in {name} mode: "
+                 for mode, name in ((False, "evaluation"), (True, "training"))}
+
+def _from_module(model, args, kwargs, dynamic_shapes, own, modules, torch, fold):
     "A network made of a module: one program per mode."
     calls, exported = [], {}
     standing = {path: m for path, m in model.named_modules() if type(m) in modules}
-    for mode in (False, True):
+    for mode in (False,) if fold else (False, True):
         with _replaced_forwards(torch, standing, calls, args, kwargs, model,
                                 dynamic_shapes is not None):
             try: exported[mode] = _export(torch, model, args, kwargs, dynamic_shapes, mode)
             except _OwnGradient as error: raise ValueError(f"{error}: {_REMEDIES}") from None
             except Exception as error: exported[mode] = error
     if all(isinstance(program, Exception) for program in exported.values()):
+        _check_run(torch, model, args, kwargs)
         raise ValueError("PyTorch can't export this network: "
                          f"{_refusal(exported[False])}. {_REMEDIES}") from exported[False]
     kinds, slots = _of_module(model)
+    folding = _GraphFolding(exported[False], own, torch) if fold else None
+    if fold: kinds, slots = folding.tree(kinds, slots)
     tree = _Tree(ExportedNetwork(kinds[""]), kinds, slots, _stand_ins(standing, modules))
     names = _parameter_names(model)
-    found = {mode: _refusal(program) if isinstance(program, Exception)
-             else _program(program, tree, own, mode, torch, names, calls)
+    found = {mode: _NOT_EXPORTED[mode] + _refusal(program) if isinstance(program, Exception)
+             else _program(program, tree, own, mode, torch, names, calls, folding)
              for mode, program in exported.items()}
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     for path, part in tree.parts.items(): part._training = modes[path]
-    return _finished(tree, found)
+    return _finished(tree, found, folding)
 
 # %% ../../nbs/25_programs.ipynb #ebaa3473
 def _parameter_names(model):
@@ -785,24 +842,28 @@ def _parameter_names(model):
     return names
 
 # %% ../../nbs/25_programs.ipynb #d9ff1200
-def _from_exported(exported, own, torch):
+def _from_exported(exported, own, torch, fold):
     "A network made of an exported program, whose flags follow the mode."
     kinds, slots = _of_exported(exported)
+    folding = _GraphFolding(exported, own, torch) if fold else None
+    if fold and folding.training: raise ValueError(_IN_TRAINING.format(folding.training))
+    if fold: kinds, slots = folding.tree(kinds, slots)
     tree = _Tree(ExportedNetwork(kinds[""]), kinds, slots, {})
     structure = _structure(exported.call_spec.in_spec)
     user = [spec.arg.name for spec in exported.graph_signature.input_specs
             if spec.kind.name == "USER_INPUT"]
     count = len(structure.items[0].items)
     names = user[:count] if _count(structure.items[0]) == count else []
-    program = _program(exported, tree, own, None, torch, names)
+    program = _program(exported, tree, own, None, torch, names, folding=folding)
     flags = [n.args[_FLAGS[_operation_name(n)]] for n in program[1].uses
              if _operation_name(n) in _FLAGS]
     tree.root.train(any(flags))
-    return _finished(tree, {False: program, True: program})
+    return _finished(tree, {False: program, True: program}, folding)
 
 # %% ../../nbs/25_programs.ipynb #1a9fe1d7
-def _finished(tree, found):
+def _finished(tree, found, folding):
     "The network, if nothing stands in its way; otherwise the list of what does."
+    if folding is not None: found[True] = _FOLDED
     problems = [*tree.problems, *(p for f in found.values() if not isinstance(f, str)
                                   for p in f[1].problems)]
     problems = list(dict.fromkeys(problems))
@@ -811,7 +872,7 @@ def _finished(tree, found):
         programs = {mode: f if isinstance(f, str) else f[0] for mode, f in found.items()}
         vars(root)["_programs"] = programs
         vars(root)["_script"] = _script(tree, programs, lines)
-    return root, lines, problems, tree
+    return root, lines, problems, tree, folding
 
 # %% ../../nbs/25_programs.ipynb #a37acf01
 _FLAG = re.compile(r"self[\w.\[\]]*\.training|\bTrue\b|\bFalse\b")
@@ -893,9 +954,11 @@ def from_program(
     dynamic_shapes=None,  # which sizes may vary, as in `torch.export.export`
     operations: dict | None = None,  # name of an operation -> function on MLX arrays
     modules: dict | None = None,  # class -> mlx.nn.Module
+    fold: bool = False,  # whether layers take in the BatchNorms behind them
 ) -> ExportedNetwork:  # the network, in the mode of `model`
     "The network that an exported program becomes; ValueError lists what has no equal."
-    root, lines, problems, _ = _converted(model, args, kwargs, dynamic_shapes, operations, modules)
+    root, _, problems, *_ = _converted(model, args, kwargs, dynamic_shapes, operations, modules,
+                                       fold)
     if problems:
         raise ValueError(f"{len(problems)} of the network's operations can't be converted:\n\t"
                          + "\n\t".join(problems))
@@ -917,9 +980,10 @@ class ProgramReport(tuple):
         rows: list,  # an `OperationRow` per operation
         parameters: int,  # how many numbers are trained or frozen
         problems: list,  # what can't be converted, and why
+        folding: list | None = None,  # a `FoldingReport`, where the network is folded
     ):
         self = super().__new__(cls, rows)
-        self.parameters, self.problems = parameters, list(problems)
+        self.parameters, self.problems, self.folding = parameters, list(problems), folding
         return self
 
     def __repr__(self):
@@ -927,7 +991,8 @@ class ProgramReport(tuple):
                  for r in self]
         total = f"{self.parameters:,} parameters, {sum(r.macs for r in self):,} multiplications"
         refused = [f"can't be converted: {problem}" for problem in self.problems]
-        return "\n".join([*lines, total, *refused])
+        folded = [] if self.folding is None else [repr(self.folding)]
+        return "\n".join([*lines, total, *folded, *refused])
 
 # %% ../../nbs/25_programs.ipynb #d0afdf29
 def program_report(
@@ -937,9 +1002,11 @@ def program_report(
     dynamic_shapes=None,  # which sizes may vary, as in `torch.export.export`
     operations: dict | None = None,  # name of an operation -> function on MLX arrays
     modules: dict | None = None,  # class -> mlx.nn.Module
+    fold: bool = False,  # whether layers take in the BatchNorms behind them
 ) -> ProgramReport:  # a row per operation of the program for evaluation
     "What an exported program is made of, and what of it has no equal."
-    _, lines, problems, tree = _converted(model, args, kwargs, dynamic_shapes, operations, modules)
+    _, lines, problems, tree, folding = _converted(model, args, kwargs, dynamic_shapes, operations,
+                                                   modules, fold)
     found = next(found for found in lines.values() if not isinstance(found, str))
     rows = {}
     for node in found.uses:
@@ -949,7 +1016,8 @@ def program_report(
              for (name, became), macs in rows.items()]
     size = sum(slot.tensor.numel() for slots in tree.tensors.values() for slot in slots
                if not slot.is_buffer and slot.name not in tree.aliases)
-    return ProgramReport(sorted(table, key=lambda row: -row.count), size, problems)
+    return ProgramReport(sorted(table, key=lambda row: -row.count), size, problems,
+                         folding and folding.rows)
 
 # %% ../../nbs/25_programs.ipynb #79db5e54
 def _macs(node):
@@ -1005,15 +1073,10 @@ def _seen_outputs(torch, standing, model, args, kwargs):
     seen = {path: [] for path in standing}
     hooks = [m.register_forward_hook(lambda m, i, output, path=path: seen[path].append(output))
              for path, m in standing.items()]
-    state = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    copies = torch.utils._pytree.tree_map(
-        lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
     try:
-        with _in_mode(model, False), torch.no_grad(): model(*copies[0], **copies[1])
+        with _in_mode(model, False): _called(torch, model, args, kwargs)
     finally:
         for hook in hooks: hook.remove()
-        with torch.no_grad():
-            for name, tensor in model.named_buffers(): tensor.copy_(state[name])
     return seen
 
 # %% ../../nbs/25_programs.ipynb #86063417
