@@ -558,6 +558,7 @@ def _has_comment(source):
     return any(each.type == tokenize.COMMENT and not each.string.startswith("#|")
                for each in tokens)
 
+
 def entries(book):
     "An entry of the reference is of something public, leads to its source, and says what it takes."
     for page in book.pages:

@@ -660,8 +660,8 @@ class AlphaDropout(_Formatted):
 # %% ../../nbs/16_leaves.ipynb #f24c2c40
 def _bounded(x, low, high):
     "x between two bounds, with the slope 0 from the bounds on."
-    y = mx.where(x <= low, mx.array(low, x.dtype), x)
-    return mx.where(x >= high, mx.array(high, x.dtype), y)
+    y = mx.maximum(x, mx.array(low, x.dtype))  # of two equals, the second has the gradient
+    return mx.minimum(y, mx.array(high, x.dtype))
 
 class Hardtanh(_Shown):
     "`torch.nn.Hardtanh`: the input between two bounds."

@@ -759,7 +759,7 @@ def _is_program(model, args):
     if isinstance(model, (str, Path)): return Path(model).suffix == ".pt2"
     return torch is not None and isinstance(model, torch.export.ExportedProgram)
 
-def _from_program(model, args, kwargs, data_format, modules, operations, dynamic_shapes,
+def _from_program(model, args, kwargs, data_format, modules, operations, dynamic_shapes, fold,
                   is_report=False):
     "The network or the report of an exported program."
     # Not at the top: programs are made of the layers on this page.
@@ -768,14 +768,16 @@ def _from_program(model, args, kwargs, data_format, modules, operations, dynamic
         raise ValueError(f"data_format={data_format!r} takes no example: an exported program has "
                          "PyTorch's axes, which are channels first")
     make = program_report if is_report else from_program
-    return make(model, args, kwargs, dynamic_shapes, operations, modules)
+    return make(model, args, kwargs, dynamic_shapes, operations, modules, fold)
 
-def _without_example(kwargs, operations, dynamic_shapes):
+def _without_example(**options):
     "Refuse what only an exported program can use."
-    for name, value in (("kwargs", kwargs), ("operations", operations),
-                        ("dynamic_shapes", dynamic_shapes)):
+    for name, value in options.items():
         if value is not None:
             raise TypeError(f"{name} needs args, an example of what the network is called with")
+
+def _check_fold(fold):
+    if not isinstance(fold, bool): raise TypeError(f"fold must be a bool, but got {fold!r}")
 
 # %% ../../nbs/13_models.ipynb #fb063245
 def convert_model(
@@ -795,16 +797,17 @@ def convert_model(
     it is converted layer by layer. What PyTorch's state holds, `to_torch_state` gives for the
     result, and nothing else. Dtypes, modes and what is frozen stay, and so does `model`. Channels
     last, which takes no example, inputs and outputs are `(N, *spatial, C)`. An object of a class in
-    `modules` is made without its constructor. It draws from `mx.random`. With `fold`, which takes
-    no example, `fold_weight_norm` and `fold_batch_norm` work on the result. Raises `ValueError`
-    that lists all layers or operations that can't be converted and why, `TypeError` for what is
-    no module, `RuntimeError` for a file that can't be read.
+    `modules` is made without its constructor. It draws from `mx.random`. With `fold`, weight norms
+    and BatchNorms in evaluation are taken in by the layers that they belong to, and the state has
+    other names. Raises `ValueError` that lists all layers or operations that can't be converted and
+    why, or norms in training that `fold` should fold; `TypeError` for what is no module,
+    `RuntimeError` for a file that can't be read.
     """
-    if not isinstance(fold, bool): raise TypeError(f"fold must be a bool, but got {fold!r}")
+    _check_fold(fold)
     if _is_program(model, args):
-        if fold: raise ValueError("fold=True takes no example: fold what is converted by layers")
-        return _from_program(model, args, kwargs, data_format, modules, operations, dynamic_shapes)
-    _without_example(kwargs, operations, dynamic_shapes)
+        return _from_program(model, args, kwargs, data_format, modules, operations, dynamic_shapes,
+                             fold)
+    _without_example(kwargs=kwargs, operations=operations, dynamic_shapes=dynamic_shapes)
     ours, report = _walked(model, data_format, modules)
     if refused := [str(row) for row in report if row.reasons]:
         raise ValueError(f"{len(refused)} of {len(report)} layers can't be converted:\n\t"
@@ -821,13 +824,16 @@ def conversion_report(
     modules: dict | None = None,  # class with a forward of its own -> mlx.nn.Module
     operations: dict | None = None,  # name of an operation -> function on MLX arrays
     dynamic_shapes=None,  # which sizes may vary, as in `torch.export.export`
+    fold: bool = False,  # whether the report, which needs an example then, is of the folded network
 ):  # a ConversionReport, a row per layer; with an example a ProgramReport, a row per operation
     """What `convert_model` with these arguments makes of each layer or operation, or why it can't.
 
     Raises `TypeError` for what is no module.
     """
+    _check_fold(fold)
     if _is_program(model, args):
         return _from_program(model, args, kwargs, data_format, modules, operations, dynamic_shapes,
-                             is_report=True)
-    _without_example(kwargs, operations, dynamic_shapes)
+                             fold, is_report=True)
+    _without_example(kwargs=kwargs, operations=operations, dynamic_shapes=dynamic_shapes,
+                     fold=fold or None)
     return _walked(model, data_format, modules)[1]

@@ -91,7 +91,7 @@ def dropout(
 def _dropped(x, p, training, shape):
     if p == 0 or not training: return x
     if p == 1: return x * 0
-    return mx.where(mx.random.bernoulli(1 - p, shape), x * (1 / (1 - p)), mx.array(0, x.dtype))
+    return x * (mx.random.bernoulli(1 - p, shape) * (1 / (1 - p))).astype(x.dtype)
 
 def _feature_dropout(x, p, training):
     return _dropped(x, p, training, (*x.shape[:2], *(1,) * (x.ndim - 2)))
@@ -146,9 +146,14 @@ def _affine(y, weight, bias):
     if weight is not None: y = y * _by_channel(weight, y)
     return y if bias is None else y + _by_channel(bias, y)
 
+def _mean(x, axes):
+    "A mean axis by axis, the last first: long sums in float32 would lose a digit."
+    for axis in sorted(axes, reverse=True): x = mx.mean(x, axis, keepdims=True)
+    return x
+
 def _moments(x, axes, keepdims=True):
-    mean = mx.mean(x, axes, keepdims=True)
-    variance = mx.mean(mx.square(x - mean), axes, keepdims=True)
+    mean = _mean(x, axes)
+    variance = _mean(mx.square(x - mean), axes)
     if keepdims: return mean, variance
     return mx.squeeze(mean, axes), mx.squeeze(variance, axes)
 
@@ -200,11 +205,13 @@ def _instance_norm(x, weight, bias, mean, variance, training, momentum=0.1, eps=
 def _normalised(x, eps):
     "The last axis with mean 0 and variance 1. MLX's own takes float64 for float32."
     if x.dtype != mx.float64: return mx.fast.layer_norm(x, None, None, eps)
-    mean, variance = _moments(x, -1)
+    mean, variance = _moments(x, (-1,))
     return (x - mean) * mx.rsqrt(variance + eps)
 
 @_operation("layer_norm")
 def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5, *_):
+    if len(shape) == 1 and x.dtype != mx.float64:
+        return mx.fast.layer_norm(_wide(x), weight, bias, eps).astype(x.dtype)
     flat = mx.flatten(_wide(x), -len(shape))
     y = _normalised(flat, eps).reshape(x.shape)
     if weight is not None: y = y * weight
