@@ -529,7 +529,6 @@ _ARGUED = {
     "algorithms/matmul.ipynb": ("_unfolded", "_multiplied", "_is_small"),  # orders of copies
     "algorithms/native.ipynb": ("_by_depth", "_is_defined"),  # what MLX lacks
     "algorithms/overlap.ipynb": ("_padding", "_stamps", "_phase_sums", "_phase"),  # the algorithm
-    "algorithms/places.ipynb": ("_rows", "_placed", "_part"),  # the algorithm
     "algorithms/taps.ipynb": ("_summed", "_stamped"),  # the algorithm, and its transpose
     "algorithms/weights.ipynb": ("_multiplied",),  # a view of all windows
 }
