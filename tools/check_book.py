@@ -524,13 +524,24 @@ def plumbing(book):
 
 # Private definitions without a comment that stay, since the prose around them argues about them.
 _ARGUED = {
+    "01_padding.ipynb": ("_piece", "_pad_axis"),  # what each mode copies
+    "04_base.ipynb": ("_draw",),  # PyTorch's initial values
+    "07_lazy.ipynb": ("__setitem__",),  # how a weight becomes one
+    "10_blas.ipynb": ("_is_wide",),  # two widths of integers
+    "15_checkpoints.ipynb": ("_wide", "_weight_norm", "_spectral_norm"),  # old names of keys
+    "16_leaves.ipynb": ("_Window", "_views", "_later_if_larger", "_add"),  # pooling by slices
+    "18_plain.ipynb": ("_covered",),  # what counts as seen
+    "19_init.ipynb": ("_fans",),  # the definition
+    "20_streaming.ipynb": ("_stepped", "_behind", "_nothing"),  # what a state holds
+    "21_weight_norm.ipynb": ("_Parametrized",),  # PyTorch's names
+    "22_folding.ipynb": ("_scaled", "_folded", "_obstacle"),  # the algebra, and what prevents it
     "algorithms/choice.ipynb": ("_named",),  # the rule itself
     "algorithms/derivatives.ipynb": ("_with_rules", "_plus", "_batched"),  # vjp, sums of 64, vmap
-    "algorithms/matmul.ipynb": ("_unfolded", "_multiplied", "_is_small"),  # orders of copies
+    "algorithms/matmul.ipynb": ("_multiplied",),  # the product
     "algorithms/native.ipynb": ("_by_depth", "_is_defined"),  # what MLX lacks
-    "algorithms/overlap.ipynb": ("_padding", "_stamps", "_phase_sums", "_phase"),  # the algorithm
+    "algorithms/overlap.ipynb": ("_Axis", "_sums", "_stamped", "_phase"),  # the algorithm
     "algorithms/taps.ipynb": ("_summed", "_stamped"),  # the algorithm, and its transpose
-    "algorithms/weights.ipynb": ("_multiplied",),  # a view of all windows
+    "algorithms/weights.ipynb": ("_multiplied",),  # the product
 }
 
 

@@ -77,7 +77,8 @@ def matmul(
     if _is_pointwise(g) and not _shares_a_product(x, w, g): return _in_place(x, w, g).astype(dtype)
     size = window_bytes(g, x.shape[g.channel_axis], x.itemsize)
     if max(g.kernel_size) > _LONG and size > whole_bytes():
-        return summed_in_turn(_multiplied, by_taps(x, w, g, -(-size // tile_bytes(g)))).astype(dtype)
+        parts = by_taps(x, w, g, -(-size // tile_bytes(g)))
+        return summed_in_turn(_multiplied, parts).astype(dtype)
     return in_tiles(_multiplied, x, w, g, size, least=w.nbytes).astype(dtype)
 
 def _shares_a_product(x, w, g):
@@ -97,7 +98,8 @@ def _cost(call):
     if inner == 1 and outputs // g.groups <= _FEW_ROWS: copied += _READ_AGAIN * call.seen
     return copied + call.multiplied + _STEPS * A_STEP
 
-def _values(call): return call.seen if call.n_taps > 1 else 0
+def _values(call):  # those of a step along one axis come before the rest
+    return call.seen * min(call.axes, 2) if call.n_taps > 1 else 0
 
 MATMUL = Algorithm("matmul", matmul, lambda call: call.is_inexact and not call.g.transposed,
                    _cost, held_in_tiles(_values), "a matrix product with the windows")

@@ -57,8 +57,8 @@ def patches(
         tiles = [(large[:, :, a * distance : (b - 1) * distance + reach], small, g, (b - a, *rest))
                  for a, b in runs(n_taps, parts)]
         return mx.concatenate(in_turn(_multiplied, tiles), 2).astype(x.dtype)
-    tiles = [(large[:, :, a * step : (b - 1) * step + g.spans[0]], small[:, :, a:b], g, g.kernel_size)
-             for a, b in runs(small.shape[2], parts)]
+    tiles = [(large[:, :, a * step : (b - 1) * step + g.spans[0]], small[:, :, a:b], g,
+              g.kernel_size) for a, b in runs(small.shape[2], parts)]
     return summed_in_turn(_multiplied, tiles).astype(x.dtype)
 
 # %% ../../nbs/algorithms/weights.ipynb #12b4fb9d
