@@ -24,7 +24,8 @@ def windows(
 ) -> mx.array:  # (groups, *kernel_size, C/groups, N, *out)
     "What each tap meets at each place."
     if prod(x.shape[2:]) <= prod(g.kernel_size) * prod(g.out): x = mx.contiguous(x)
-    x = mx.unflatten(x.swapaxes(0, 1), 0, (g.groups, -1))
+    x = x.swapaxes(0, 1)
+    x = x[None] if g.groups == 1 else mx.unflatten(x, 0, (g.groups, -1))  # which counts to 2**31
     axes = list(zip(g.kernel_size, g.dilation, g.out, g.stride))
     for behind, (n_taps, distance, places, step) in enumerate(reversed(axes)):
         reach, rest = (places - 1) * step + 1, (slice(None),) * behind
@@ -94,7 +95,7 @@ def _cost(call):
     (outputs, inner), g = call.weight_shape[:2], call.g
     if call.n_taps == 1: return call.multiplied + (call.seen if max(g.stride) > 1 else 0)
     copied = _WRITTEN * call.seen + min(prod(call.weight_shape), call.seen)
-    if g.channels_last: copied += call.inputs
+    if g.channels_last: copied += min(call.inputs, call.seen)
     if inner == 1 and outputs // g.groups <= _FEW_ROWS: copied += _READ_AGAIN * call.seen
     return copied + call.multiplied + _STEPS * A_STEP
 

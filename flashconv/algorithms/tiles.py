@@ -120,15 +120,13 @@ def in_turn(
 def summed_in_turn(
     f: Callable,  # of an array and more
     parts: list,  # of the arguments of each call, an array first
-    done: mx.array | None = None,  # what the first of them waits for
 ) -> mx.array:
-    "The sum of the results, in pairs. On CPUs each call is evaluated after the sums before it."
-    if len(parts) == 1:
-        x, *others = parts[0]
-        return f(x if done is None else after(x, done), *others)
-    half = len(parts) // 2
-    first = summed_in_turn(f, parts[:half], done)
-    return first + summed_in_turn(f, parts[half:], first)
+    "The sum of the results of calls, each of which is evaluated after the sum so far, on CPUs."
+    total = None
+    for x, *others in parts:
+        y = f(x if total is None else after(x, total), *others)
+        total = y if total is None else total + y
+    return total
 
 # %% ../../nbs/algorithms/tiles.ipynb #981bc0c1
 WHOLE, MOST_TILES = 32 * 2**20, 1024  # bytes, parts
