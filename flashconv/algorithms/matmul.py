@@ -103,7 +103,7 @@ def _values(call):  # those of a step along one axis come before the rest
     return call.seen * min(call.axes, 2) if call.n_taps > 1 else 0
 
 def _held(call, arrays):
-    sums = 3 * prod(call.g.output_shape) * max(4, call.dtype.size)  # a part's, before and after
+    sums = 6 * prod(call.g.output_shape) * max(4, call.dtype.size)  # of the parts under way
     return held_in_tiles(_values)(call, arrays) + sums * (max(call.g.kernel_size) > _LONG)
 
 MATMUL = Algorithm("matmul", matmul, lambda call: call.is_inexact and not call.g.transposed,
