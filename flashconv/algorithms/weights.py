@@ -129,7 +129,11 @@ def _takes_mlx(call): return _is_dense(call) and call.dtype != mx.float64
 # %% ../../nbs/algorithms/weights.ipynb #c0c3a227
 PRODUCT = Algorithm("product", product, _is_pointwise, lambda call: inf,
                     held_in_tiles(lambda call: 0), "a product with the input as it lies")
-PATCHES = Algorithm("patches", patches, lambda call: call.is_inexact, lambda call: inf,
-                    held_in_tiles(lambda call: call.seen), "a product with all windows")
+def _held(call, arrays):
+    copies = 2 * arrays * (call.g.kernel_size[0] > _LONG)  # of the input that a few taps meet
+    return held_in_tiles(lambda call: call.seen)(call, arrays) + copies
+
+PATCHES = Algorithm("patches", patches, lambda call: call.is_inexact, lambda call: inf, _held,
+                    "a product with all windows")
 SWAPPED = Algorithm("swapped", swapped, _takes_mlx, lambda call: inf,
                     held_in_tiles(lambda call: 0), "MLX's convolution knows it by its strides")
