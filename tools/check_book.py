@@ -528,13 +528,13 @@ _ARGUED = {
     "04_base.ipynb": ("_draw",),  # PyTorch's initial values
     "07_lazy.ipynb": ("__setitem__",),  # how a weight becomes one
     "10_blas.ipynb": ("_is_wide",),  # two widths of integers
-    "15_checkpoints.ipynb": ("_wide", "_weight_norm", "_spectral_norm"),  # old names of keys
-    "16_leaves.ipynb": ("_Window", "_views", "_later_if_larger", "_add"),  # pooling by slices
+    "15_checkpoints.ipynb": ("_wide", "_spectral_norm"),  # old names of keys
+    "16_leaves.ipynb": ("_Window", "_views"),  # pooling by slices
     "18_plain.ipynb": ("_covered",),  # what counts as seen
     "19_init.ipynb": ("_fans",),  # the definition
-    "20_streaming.ipynb": ("_stepped", "_behind", "_nothing"),  # what a state holds
+    "20_streaming.ipynb": ("_stepped",),  # what a state holds
     "21_weight_norm.ipynb": ("_Parametrized",),  # PyTorch's names
-    "22_folding.ipynb": ("_scaled", "_folded", "_obstacle"),  # the algebra, and what prevents it
+    "22_folding.ipynb": ("_scaled", "_obstacle"),  # the algebra, and what prevents it
     "algorithms/choice.ipynb": ("_named",),  # the rule itself
     "algorithms/derivatives.ipynb": ("_with_rules", "_plus", "_batched"),  # vjp, sums of 64, vmap
     "algorithms/matmul.ipynb": ("_multiplied",),  # the product
