@@ -177,7 +177,7 @@ def kernels_turn(
 # %% ../../nbs/algorithms/choice.ipynb #5e7d95b1
 _ON_CPUS_FOR_WEIGHTS = (
     Case("product", lambda call: call.g.channels_last or call.g.output_shape[0] == 1, PRODUCT.why),
-    Case("patches", lambda call: True, PATCHES.why),
+    Case("patches", lambda call: not (call.may_fft and FFT.is_defined(call)), PATCHES.why),
 )
 
 def weight_key(

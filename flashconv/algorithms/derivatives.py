@@ -140,8 +140,7 @@ def weight_gradient(
     if kernels_turn(swapped, kernel_shape, x.dtype):
         return kernel_weight_gradient(x, cotangent, g, shape)
     found = choose_for_weight(g, shape, x.dtype)
-    by_fft = fft_is_allowed() and choose(swapped, kernel_shape, x.dtype)[0] == "fft"
-    if found is None or by_fft: return _by_swapping(x, cotangent, g)
+    if found is None: return _by_swapping(x, cotangent, g)
     _note(*found, x, mx.zeros(shape, x.dtype), g)
     return _with_rules_for_weights(FOR_WEIGHTS[found[0]].run, g, fft_is_allowed())(x, cotangent)
 
