@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import flashconv as fc
-from flashconv import streaming
+from flashconv import kernels, streaming
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.float64, mx.complex64)
 
@@ -28,6 +28,12 @@ def pieces(step, x, state, lengths, last=False):
     return mx.concatenate(outputs, axis), states
 
 
+def same(y, whole):
+    "To the last bit in kernels. MLX's operations may add in another order for each length."
+    if kernels.available(): return mx.array_equal(y, whole).item()
+    return y.shape == whole.shape and mx.allclose(y, whole, rtol=1e-5, atol=1e-5).item()
+
+
 def cuts(rng, length):
     "A random way to cut, empty chunks among it."
     at = sorted(rng.integers(0, length + 1, rng.integers(0, 6)).tolist())
@@ -42,7 +48,7 @@ def made(transposed, k, s, d, g, padding="causal", **kw):
 @pytest.mark.parametrize("last", (False, True))
 @pytest.mark.parametrize("transposed", (False, True))
 def test_every_layer(transposed, last):
-    "To the last bit, whatever the kernel, stride, dilation and groups."
+    "Whatever the kernel, stride, dilation and groups."
     rng, kw = np.random.default_rng(0), {"data_format": "channels_last" if last else "channels_first"}
     for k, s, d, g in product((1, 2, 3, 7), (1, 2, 3, 5), (1, 3), (1, 2, 4)):
         layer = made(transposed, k, s, d, g, **kw)
@@ -50,7 +56,7 @@ def test_every_layer(transposed, last):
         lengths = cuts(rng, 23)
         y, states = pieces(layer.step, x, layer.initial_state(2), lengths, last)
         whole = layer(x)
-        assert y.shape == whole.shape and mx.array_equal(y, whole).item(), f"{layer} {lengths}"
+        assert same(y, whole), f"{layer} {lengths}"
         sizes = [state.shape[-2 if last else -1] for state in states]
         reach = d * (k - 1)
         assert max(sizes) <= (reach // s if transposed else max(reach, s - 1))
@@ -82,7 +88,7 @@ def test_pairs_and_any_cut(k, s, d, before, transposed, lengths):
     if not transposed and sum(lengths) + before < span:
         assert y.shape == (1, 8, 0)
         return
-    assert mx.array_equal(y, layer(x)).item()
+    assert same(y, layer(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,7 +143,7 @@ def test_models():
     def step(chunk, state): return streaming.step(model, chunk, state)
     for _ in range(5):
         y, states = pieces(step, x, streaming.initial_state(model, 2), cuts(rng, 60))
-        assert mx.array_equal(y, whole).item()
+        assert same(y, whole)
         first, again = states[0], streaming.initial_state(model, 2)
         assert all(mx.array_equal(first[path], again[path]).item() for path in first)
     y, _ = pieces(mx.compile(step), x, streaming.initial_state(model, 2), [15] * 4)

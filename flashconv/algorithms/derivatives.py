@@ -18,7 +18,7 @@ from flashconv.algorithms.choice import (
 from .kernel import kernel, kernel_weight_gradient
 from .native import as_convolution
 from .record import backend
-from .taps import added
+from .taps import added, in_full_precision
 from .weights import rearranged, swapped_geometry
 from ..arithmetic import transposed_output_size
 from ..geometry import Geometry
@@ -35,24 +35,26 @@ def convolve(
     if x.size and (turn := kernels_turn(g, w.shape, x.dtype, force)):
         _note(*turn, x, w, g)
         return kernel(x, w, g, bias)
-    y = _composed(x, w, g, force)
-    return y if bias is None else add_bias(y, bias, g.channels_last)
+    if bias is None: return _composed(x, w, g, force)
+    y = _composed(x, w, g, force, unrounded=backend() == "cpu")
+    return add_bias(y, bias.astype(y.dtype), g.channels_last).astype(x.dtype)
 
 def _note(*run):
     for seen in watchers.get(): seen.append(run)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #197da7ab
-def _composed(x, w, g, force):
-    "A convolution made of MLX's operations, with rules of ours."
-    if g.transposed and _has_the_larger_kernel(x, g): return _exchanged(x, w, g, force)
+def _composed(x, w, g, force, unrounded=False):
+    "A convolution made of MLX's operations, with rules of ours; in float32 where it is not rounded."
+    given = in_full_precision(x, w) if unrounded else (x, w)
+    if g.transposed and _has_the_larger_kernel(x, g): return _exchanged(*given, g, force)
     run = _at_stride_1(x, w, g) if g.transposed and max(g.stride) == 1 else (x, w, g)
     name, why = choose(run[2], run[1].shape, x.dtype, force)
     _note(name, why, *run)
-    if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, x.dtype)
+    if x.size == 0 or 0 in g.output_shape: return mx.zeros(g.output_shape, given[0].dtype)
     algorithm = ALGORITHMS[name].run
     if not mx.issubdtype(x.dtype, mx.inexact): return algorithm(*run)
     if run[2] is not g: algorithm = _of_padded(algorithm)
-    return _with_rules(algorithm, g, fft_is_allowed())(x, w)
+    return _with_rules(algorithm, g, fft_is_allowed())(*given)
 
 def _at_stride_1(x, w, g):
     "A transposed convolution as it is, or as one of a padded input where that is wanted."
