@@ -163,7 +163,7 @@ def receptive_field(
     """The field of convolution or pooling layers in a row.
 
     Raises `ValueError` for a transposed layer and for 'same_upper' and 'same_lower' with a stride,
-    `TypeError` for what has no `kernel_size`, as pooling layers of `mlx.nn`:
+    `TypeError` for anything without a `kernel_size`, such as pooling layers of `mlx.nn`:
     `types.SimpleNamespace(kernel_size=2, stride=2)` stands for one.
     """
     size, jump, start, axis = 1, 1, 0, as_int(axis, "axis")

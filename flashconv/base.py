@@ -172,7 +172,7 @@ def _kept(self: _ConvNd, name):
     return getattr(self, name) if value is None else value
 
 # %% ../nbs/04_base.ipynb #52a0450e
-_stream = ContextVar("stream", default=None)  # a function of layer and input, or None
+_stream = ContextVar("stream", default=None)  # while a model streams, a function of layer and input
 
 # %% ../nbs/04_base.ipynb #58695dca
 @patch

@@ -183,7 +183,7 @@ def fold_batch_norm(
     Without inputs, pairs are looked for in sequences; with them, in a call, whose outputs must be
     the same afterwards. `folding_report` says what stays and why. Raises `ValueError`, with the
     model as it was, for norms in training and where folding would change the outputs; `TypeError`
-    for what is no module.
+    for anything but a module.
     PyTorch: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
     """
     if not isinstance(inplace, bool):

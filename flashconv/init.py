@@ -80,7 +80,7 @@ def uniform(
     b: float = 1.0,  # upper bound
     generator: mx.array | None = None,  # a key; None follows `mx.random.seed`
 ) -> mx.array:  # of the same shape and dtype
-    """Values from the uniform distribution on [a, b). Raises `RuntimeError` for no such range.
+    """Values from the uniform distribution on [a, b). Raises `RuntimeError` if a > b.
 
     PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.uniform_>
     """
@@ -237,7 +237,7 @@ def calculate_gain(
 ) -> float:  # factor
     """By how much the spread of weights before an activation is multiplied.
 
-    Raises `ValueError` for an unknown activation, or a slope that is no number.
+    Raises `ValueError` for an unknown activation, or a slope that is not a number.
     PyTorch: <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.calculate_gain>
     """
     if nonlinearity == "leaky_relu":

@@ -180,7 +180,7 @@ def pad(
         >>> pad(mx.array([[[1, 2, 3, 4]]]), (2, 2), "reflect").tolist()
         [[[3, 2, 1, 2, 3, 4, 3, 2]]]
 
-    Two values on each side make of 1234, by `mode`: 00123400 (constant), 32123432 (reflect),
+    1234 with two values on each side, by `mode`: 00123400 (constant), 32123432 (reflect),
     11123444 (replicate), 34123412 (circular).
     Raises `RuntimeError` for amounts that the mode can't serve, `NotImplementedError` for an
     unknown mode or a rank it isn't defined for, `TypeError` for anything but an array and ints.

@@ -154,7 +154,7 @@ def _axis(dim, ndim):
 class _SpectralNorm(NamedTuple):
     "A weight over its largest singular value, which power iteration finds."
     dim: int  # axis whose places are the rows of the matrix
-    n_power_iterations: int  # steps by call, in training
+    n_power_iterations: int  # steps per call, in training
     eps: float  # the least length that is divided by
 
     def matrix(self, weight):
@@ -197,7 +197,7 @@ _SpectralNorm.step = _spectral_step
 def spectral_norm(
     module: nn.Module,  # a layer of flashconv's or `mlx.nn.Linear`; it is changed
     name: str = "weight",  # of the parameter
-    n_power_iterations: int = 1,  # steps by call, in training
+    n_power_iterations: int = 1,  # steps per call, in training
     eps: float = 1e-12,  # the least length that is divided by
     dim: int | None = None,  # axis of the rows; None: outputs, which is 1 in a transposed layer
 ) -> nn.Module:  # `module` itself
@@ -205,7 +205,7 @@ def spectral_norm(
 
     Draws from `mx.random`. The state has PyTorch's names, `parametrizations.weight.original` and
     `parametrizations.weight.0._u` and `_v`. Raises what `weight_norm` raises, and `ValueError` for
-    less than one iteration and for a weight with one axis or of complex numbers.
+    fewer than one iteration and for a weight with one axis or of complex numbers.
     PyTorch: <https://docs.pytorch.org/docs/stable/nn.html#utilities>
     """
     weight = _check(module, name, "spectral_norm")

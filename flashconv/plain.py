@@ -22,7 +22,7 @@ def plain_operations():
 
     The results hold for `mx.export_function`, and for inputs of other lengths and batch sizes under
     `shapeless=True`. Takes float32, float16 and bfloat16. Raises `NotImplementedError`, at a call,
-    for other dtypes, groups in 3d, empty arrays and a transposed layer's `output_size`.
+    for other dtypes, groups in 3d, empty arrays and a transposed layer's `output_size=`.
     MLX: <https://ml-explore.github.io/mlx/build/html/usage/export.html>
     """
     token = _mode.set(True)
