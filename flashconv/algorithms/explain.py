@@ -152,8 +152,9 @@ def tune(
     """Time each algorithm that is possible for a call and allowed; keep the order for its shape.
 
     Kept for the process: for every later call of that geometry, dtype and kind of device, and for
-    one part of it. For the weight, "convolution" is what has no form of its own. Raises
-    `ValueError` if the call runs other than one convolution, or has no such part.
+    one part of it. For the weight, "convolution" is the plain one, with an algorithm chosen as
+    for any other. Raises `ValueError` unless the call runs exactly one convolution, and if it has
+    no such part.
     """
     if not is_one_of(part, _PARTS):
         raise ValueError(f"part must be one of {', '.join(_PARTS)}, but got {part!r}")

@@ -90,14 +90,14 @@ def _on_gpu(x, w, g):
     return mx.squeeze(wide, 2)
 
 # %% ../../nbs/algorithms/native.ipynb #1420e66d
-_WINOGRAD_CHANNELS, _WINOGRAD_PLACES = 256, 4096  # of input and output; of all pictures, at least
+_WINOGRAD_CHANNELS, _WINOGRAD_PLACES = 256, 4096  # of input and output; of all images, at least
 
 def is_in_winograds_range(
     kernel_size: tuple,  # of two axes, as the next three
     stride: tuple,  # step per axis
     dilation: tuple,  # distance between taps per axis
     channels: tuple,  # of output and input, per group
-    places: int,  # in all pictures of the input
+    places: int,  # in all images of the input
 ) -> bool:
     "Whether Metal would transform a convolution, unless it is said to be flipped."
     return (kernel_size == (3, 3) and max(*stride, *dilation) == 1
@@ -114,7 +114,7 @@ def has_tensor_products() -> bool:
 def loses_digits_by_winograd(
     g: Geometry,  # of a convolution in two axes
     weight_shape: tuple,  # (O, *kernel, C/groups)
-    batch: int,  # pictures
+    batch: int,  # images
     dtype: mx.Dtype,  # of input and weight
 ) -> bool:
     "Whether Metal would compute it by Winograd's transform, in too few digits: MLX's issue 4242."

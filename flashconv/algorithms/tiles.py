@@ -154,7 +154,7 @@ def in_tiles(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
     g: Geometry,  # of a convolution that is not transposed
-    size: int,  # bytes that `f` would need beside its arrays
+    size: int,  # bytes that `f` would need besides its arrays
     tile: int | None = None,  # bytes that it may need at a time; None for the limits above
     least: int = 0,  # bytes of a part below which cutting saves nothing
 ) -> mx.array:  # f(x, w, g)

@@ -28,7 +28,7 @@ def product(
     cotangent: mx.array,  # of the output
     g: Geometry,  # of a convolution of one tap, in one group, without padding
 ) -> mx.array:  # cotangent of PyTorch's weight
-    "One product, or one for each picture where the channels come first."
+    "One product, or one for each image where the channels come first."
     large, small = _larger_first(*as_products_need(x, cotangent), g)
     met = [slice(0, (n - 1) * s + 1, s) for n, s in zip(g.sizes(small.shape), g.stride)]
     if g.channels_last:

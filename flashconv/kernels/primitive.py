@@ -19,7 +19,7 @@ from ..blas import _followers, _in_use
 # %% ../../nbs/kernels/00_under_mlx.ipynb #31e52bb0
 _glue = None  # the module, once it is loaded
 _call = None  # its `convolve`, while convolutions run in kernels
-_files = ()  # the libraries, then
+_files = ()  # the libraries, once they are loaded
 _reason = "no convolution has asked for them yet"
 _is_settled = False
 _is_wanted = True  # unless use(False) has said otherwise
