@@ -108,7 +108,8 @@ def _conv_transpose(n):
 _DOC = """{what}, with PyTorch's arguments.
 
 All arrays have one dtype: floating point, complex64 or an integer. Beyond PyTorch, `padding` may
-have pairs, ((before, after), ...), or be 'causal' or (not transposed) 'same_upper', 'same_lower'.
+have pairs, ((before, after), ...), or be 'causal' (over one axis) or (not transposed) 'same_upper'
+or 'same_lower'.
 Raises `RuntimeError` in PyTorch's words for shapes and numbers that don't fit, `TypeError` for
 anything but arrays, ints and pairs of them, `NotImplementedError` for other dtypes.
 PyTorch: <https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.{name}.html>
