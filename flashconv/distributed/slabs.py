@@ -196,8 +196,8 @@ def exchange_halo(
     """A slab with what its neighbours hold next to it. Differentiable, except in forward mode.
 
     Processes first agree on shapes, so `ValueError` is raised on all of them: for slabs shorter
-    than a halo, and for shapes, dtypes, axes or modes that differ. The lengths of slabs, `before`
-    and `after` may differ.
+    than a halo, and for shapes, dtypes, axes or modes that differ. The lengths of slabs and of
+    halos may differ.
     """
     said = agree(lambda: _wish(x, axis, before, after, padding_mode), group)
     check_same([{name: facts[name] for name in _COMMON} for facts in said])
