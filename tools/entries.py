@@ -17,6 +17,7 @@ from nbdev.config import get_config
 from nbdev.process import Processor
 
 _LINK = '[source]({url}){{target="_blank" style="float:right; font-size:smaller"}}\n\n'
+_SOURCE = re.compile(r"\[source\]\([^)]*\)\{[^}]*\}\n\n")
 _NO_WORDS = "*Call self as a function.*"  # what Python says of a function that says nothing
 _MANY = 4  # arguments, from which on a second list of them only takes room
 _HEAD = re.compile(r"```python\n(.*?)```", re.S)
@@ -24,6 +25,10 @@ _HEAD = re.compile(r"```python\n(.*?)```", re.S)
 
 class entries(Processor):
     "Mend the entries of a page; nbdev calls this for each of its cells."
+    def __init__(self, nb):
+        super().__init__(nb)
+        self.module = _module(nb.cells)  # before other processors take these cells out
+
     def begin(self):
         self.shown = {}  # arguments -> the name that they were listed for
         cells = self.nb.cells
@@ -40,7 +45,7 @@ class entries(Processor):
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
                 if "text/markdown" not in data: continue
-                text = mended("".join(data["text/markdown"]), found[1])
+                text = mended("".join(data["text/markdown"]), found[1], self.module)
                 data["text/markdown"] = self.once(text, found[1]).splitlines(keepends=True)
 
     def once(self, text, name):
@@ -62,9 +67,19 @@ def _line(cell):
     return int(found[1]) if found else 0
 
 
-def mended(text, name):
-    "An entry with what it lacks."
-    value = _found(text, name)
+def _module(cells):
+    "The module that a page is exported to; None where it is none."
+    names = [name for cell in cells for name in getattr(cell, "directives_", {}).get("default_exp", [])]
+    return importlib.import_module(f"flashconv.{names[0]}") if names else None
+
+
+def mended(text, name, module=None):
+    "An entry with what it lacks; `module` is the page's own."
+    linked = re.search(r"/blob/[^/]+/([\w/]+)\.py#", text)
+    linked = linked and importlib.import_module(linked[1].replace("/", "."))
+    value = _found(module, linked, name)
+    if linked and linked is not module and _is_defined_in(module, value):
+        text = _SOURCE.sub("", text)  # nbdev takes the first module that has such a name
     text = text.replace(_NO_WORDS, "")
     if "[source](" not in text and value is not None:
         text = text.replace("---\n\n", "---\n\n" + _LINK.format(url=_address(value)), 1)
@@ -73,15 +88,18 @@ def mended(text, name):
     return text
 
 
-def _found(text, name):
-    "What the entry is about: by the module in its link, or by its name among those that are loaded."
-    linked = re.search(r"/blob/[^/]+/([\w/]+)\.py#", text)
+def _found(module, linked, name):
+    "What the entry is about: in the page's module, in the linked one, or in any that is loaded."
+    loaded = [sys.modules[key] for key in sorted(sys.modules) if key.startswith("flashconv.")]
     first, *rest = name.split(".")
-    if linked: modules = [importlib.import_module(linked[1].replace("/", "."))]
-    else: modules = [sys.modules[key] for key in sorted(sys.modules) if key.startswith("flashconv.")]
-    value = next((vars(module)[first] for module in modules if first in vars(module)), None)
+    modules = [each for each in (module, linked, *loaded) if each and first in vars(each)]
+    value = vars(modules[0])[first] if modules else None
     for part in rest: value = getattr(value, part, None)
     return value
+
+
+def _is_defined_in(module, value):
+    return module and getattr(inspect.unwrap(value), "__module__", None) == module.__name__
 
 
 def _address(value):

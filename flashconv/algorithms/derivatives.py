@@ -44,7 +44,7 @@ def _note(*run):
 
 # %% ../../nbs/algorithms/derivatives.ipynb #197da7ab
 def _composed(x, w, g, force, unrounded=False):
-    "A convolution made of MLX's operations, with rules of ours; in float32 where it is not rounded."
+    "A convolution made of MLX's operations, with rules of ours; in float32 if it is unrounded."
     given = in_full_precision(x, w) if unrounded else (x, w)
     if g.transposed and _has_the_larger_kernel(x, g): return _exchanged(*given, g, force)
     run = _at_stride_1(x, w, g) if g.transposed and max(g.stride) == 1 else (x, w, g)

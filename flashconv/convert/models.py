@@ -797,11 +797,11 @@ def convert_model(
     it is converted layer by layer. What PyTorch's state holds, `to_torch_state` gives for the
     result, and nothing else. Dtypes, modes and what is frozen stay, and so does `model`. Channels
     last, which takes no example, inputs and outputs are `(N, *spatial, C)`. An object of a class in
-    `modules` is made without its constructor. It draws from `mx.random`. With `fold`, weight norms
-    and BatchNorms in evaluation are taken in by the layers that they belong to, and the state has
-    other names. Raises `ValueError` that lists all layers or operations that can't be converted and
-    why, or norms in training that `fold` should fold; `TypeError` for what is no module,
-    `RuntimeError` for a file that can't be read.
+    `modules` is made without its constructor. The conversion draws from `mx.random`. With
+    `fold=True`, weight norms and BatchNorms in evaluation are taken in by the layers that they
+    belong to, and the state has other names. Raises `ValueError` that lists all layers or
+    operations that can't be converted and why, or the norms in training that can't be folded;
+    `TypeError` for anything but a module, `RuntimeError` for a file that can't be read.
     """
     _check_fold(fold)
     if _is_program(model, args):
@@ -828,7 +828,7 @@ def conversion_report(
 ):  # a ConversionReport, a row per layer; with an example a ProgramReport, a row per operation
     """What `convert_model` with these arguments makes of each layer or operation, or why it can't.
 
-    Raises `TypeError` for what is no module.
+    Raises `TypeError` for anything but a module.
     """
     _check_fold(fold)
     if _is_program(model, args):
