@@ -629,6 +629,13 @@ print("lent")
 """)).strip() == "lent"
 
 
+def test_libraries_share_nothing():
+    "The linker may merge what two libraries both export, whatever their vectors are."
+    exported = subprocess.run(["nm", "-D", "--defined-only", str(build.libraries()[1])], check=True,
+                              capture_output=True, text=True).stdout
+    assert re.findall(r"\S*flashconv\S*", exported) == ["flashconv_run"]
+
+
 def test_no_kernel_includes_the_glues_headers():
     "A change of the glue must not compile the kernels anew: their key holds all that they include."
     def included(file):

@@ -101,7 +101,7 @@ def kernels(
 ) -> Library:
     "The kernels: plain C++, which neither MLX nor Python changes."
     option = "-march=" if machine() == "x86_64" else "-mcpu="
-    flags = "-std=c++17", "-O3", option + architecture, "-fPIC", "-shared"
+    flags = "-std=c++17", "-O3", option + architecture, "-fPIC", "-shared", "-fvisibility=hidden"
     headers = (file for file in SOURCES.glob("*.h") if file.name not in _OF_GLUE)
     sources = SOURCES / "kernels.cpp", *sorted(headers)
     return Library("kernels", sources, flags, (machine(), processor()), _tools())
@@ -190,7 +190,7 @@ def _trusted(folder):
     elif found.st_uid != os.geteuid(): wrong = "belongs to another user"
     elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH): wrong = "can be written by others"
     else: return folder
-    raise BuildError(f"libraries in {folder} can't be trusted, which {wrong}. {_ELSEWHERE}")
+    raise BuildError(f"libraries can't be trusted in {folder}, which {wrong}. {_ELSEWHERE}")
 
 # %% ../../nbs/kernels/01_build.ipynb #b12b71a9
 _LONGEST = 300  # seconds that a compiler may take: ten times what it needs on a busy machine
