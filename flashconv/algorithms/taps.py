@@ -24,7 +24,7 @@ def slices(
     counts: tuple,  # values in each, per axis
     step: tuple,  # distance between those, per axis
 ):  # yields (index, slice of the last axes)
-    "For each index up to `firsts`, slices of `counts` values: from `index * first_step` by `step`."
+    "For each index up to `firsts`, slices of `counts` values: from `index * first_step` on."
     for index in product(*map(range, firsts)):
         starts = [i * f for i, f in zip(index, first_step)]
         yield index, (..., *(slice(start, start + (n - 1) * s + 1, s)
