@@ -796,12 +796,12 @@ def convert_model(
     With an example, the network's program is exported, so its `forward` may be any code; without,
     it is converted layer by layer. What PyTorch's state holds, `to_torch_state` gives for the
     result, and nothing else. Dtypes, modes and what is frozen stay, and so does `model`. With
-    channels last, which takes no example, inputs and outputs are `(N, *spatial, C)`. An object of a class in
-    `modules` is made without its constructor. It draws from `mx.random`. With `fold=True`, weight norms
-    and BatchNorms in evaluation are taken in by the layers that they belong to, and the state has
-    other names. Raises `ValueError` that lists all layers or operations that can't be converted and
-    why, or norms in training with `fold=True`; `TypeError` for anything but a module,
-    `RuntimeError` for a file that can't be read.
+    channels last, which takes no example, inputs and outputs are `(N, *spatial, C)`. An object of
+    a class in `modules` is made without its constructor. It draws from `mx.random`. With
+    `fold=True`, weight norms and BatchNorms in evaluation are taken in by the layers that they
+    belong to, and the state has other names. Raises `ValueError` that lists all layers or
+    operations that can't be converted and why, or norms in training with `fold=True`; `TypeError`
+    for anything but a module, `RuntimeError` for a file that can't be read.
     """
     _check_fold(fold)
     if _is_program(model, args):
