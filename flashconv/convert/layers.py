@@ -461,7 +461,7 @@ def to_torch(
 ):  # torch.nn's layer of that name, on the CPU
     """flashconv's layer as PyTorch's, with a copy of the parameters, bit for bit.
 
-    PyTorch's layer takes channels first also where `layer` takes them last; the parameters are the
+    PyTorch's layer takes channels first even where `layer` takes them last; the parameters are the
     same. Keeps dtype, training mode, what is frozen and what a subclass or others have added:
     arrays (frozen ones become buffers) and plain attributes, not `device`. Raises `ImportError`
     without PyTorch, `TypeError` for other types, `ValueError` for subclasses that replace a method,

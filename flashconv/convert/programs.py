@@ -1004,7 +1004,7 @@ def program_report(
     modules: dict | None = None,  # class -> mlx.nn.Module
     fold: bool = False,  # whether layers take in the BatchNorms behind them
 ) -> ProgramReport:  # a row per operation of the program for evaluation
-    "What an exported program is made of, and what of it has no equal."
+    "What an exported program is made of, and which parts have no equal."
     _, lines, problems, tree, folding = _converted(model, args, kwargs, dynamic_shapes, operations,
                                                    modules, fold)
     found = next(found for found in lines.values() if not isinstance(found, str))

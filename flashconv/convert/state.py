@@ -96,7 +96,7 @@ def load_torch_state(
     """Load a state of PyTorch's, with its names and layouts, into `model`: all of it or nothing.
 
     Files are .safetensors, .pt, .pth, .bin or .ckpt; a safetensors file is read when values are
-    asked for. What lacks the prefix is no error, and among the unexpected names. Raises
+    asked for. Names without the prefix are unexpected, but no error. Raises
     `RuntimeError` that lists each name, shape and dtype that does not fit, with what would help,
     for a file that can't be read and for one in MLX's layout; `OSError` where there is no file,
     `ImportError` where it takes PyTorch and there is none, `TypeError` and `ValueError` for
@@ -155,7 +155,7 @@ def to_torch_state(
 ) -> dict:  # name -> torch.Tensor, for load_state_dict of the model in PyTorch
     """The parameters and buffers of `model` as PyTorch's, copied bit for bit.
 
-    Raises `ImportError` without PyTorch, where `save_torch_state` does, `RuntimeError` for lazy
+    Raises `ImportError` without PyTorch (`save_torch_state` needs none), `RuntimeError` for lazy
     layers, and `TypeError` for anything but a model.
     """
     try: import torch
@@ -182,7 +182,7 @@ def save_torch_state(
     """Write what `to_torch_state` gives to a safetensors file. It takes no PyTorch.
 
     Raises `ValueError` for another ending and for float64, `OSError` or `RuntimeError` where it
-    can't be written; a file that was there stays whole then.
+    can't be written; a file that was already there stays whole.
     """
     if not isinstance(file, (str, os.PathLike)):
         raise TypeError(f"expected file to be a str or a path, but got {type(file)}")
