@@ -795,11 +795,11 @@ def convert_model(
 
     With an example, the network's program is exported, so its `forward` may be any code; without,
     it is converted layer by layer. What PyTorch's state holds, `to_torch_state` gives for the
-    result, and nothing else. Dtypes, modes and what is frozen stay, and so does `model`. Channels
-    last, which takes no example, inputs and outputs are `(N, *spatial, C)`. An object of a class in
-    `modules` is made without its constructor. The conversion draws from `mx.random`. With
-    `fold=True`, weight norms and BatchNorms in evaluation are taken in by the layers that they
-    belong to, and the state has other names. Raises `ValueError` that lists all layers or
+    result, and nothing else. Dtypes, modes and what is frozen stay, and so does `model`. With
+    channels last, which takes no example, inputs and outputs are `(N, *spatial, C)`. An object of
+    a class in `modules` is made without its constructor. The conversion draws from `mx.random`.
+    With `fold=True`, weight norms and BatchNorms in evaluation are taken in by the layers that
+    they belong to, and the state has other names. Raises `ValueError` that lists all layers or
     operations that can't be converted and why, or the norms in training that can't be folded;
     `TypeError` for anything but a module, `RuntimeError` for a file that can't be read.
     """
@@ -824,7 +824,7 @@ def conversion_report(
     modules: dict | None = None,  # class with a forward of its own -> mlx.nn.Module
     operations: dict | None = None,  # name of an operation -> function on MLX arrays
     dynamic_shapes=None,  # which sizes may vary, as in `torch.export.export`
-    fold: bool = False,  # whether the report, which needs an example then, is of the folded network
+    fold: bool = False,  # whether the report is of the folded network; it needs an example
 ):  # a ConversionReport, a row per layer; with an example a ProgramReport, a row per operation
     """What `convert_model` with these arguments makes of each layer or operation, or why it can't.
 
