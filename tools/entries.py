@@ -1,10 +1,11 @@
 """The entries of the reference, mended after nbdev has written them: settings.ini names `entries`.
 
-What belongs to a private class has no entry of its own, unless a page shows it on purpose. A named
-tuple shows its fields. Other classes without arguments of their own show what they derive from, and
-so do base classes, whose arguments are those of the classes derived from them. Arguments that an
-entry shares with one before it on the page are not listed again. A function that another one makes
-has a link to the lines where that happens. Entries stand in the order of the source.
+What belongs to a private class has no entry of its own, unless a page shows it on purpose, nor has
+a property without a docstring, whose line stands above. A named tuple shows its fields. Other
+classes without arguments of their own show what they derive from, and so do base classes, whose
+arguments are those of the classes derived from them. Arguments that an entry shares with one before
+it on the page are not listed again. A function that another one makes has a link to the lines where
+that happens. Entries stand in the order of the source.
 """
 import importlib
 import inspect
@@ -40,13 +41,18 @@ class entries(Processor):
     def cell(self, cell):
         found = re.search(r"^show_doc\(([\w.]+)", cell.get("source", ""), re.M)
         if not found: return
-        if getattr(cell, "has_sd", False) and found[1].startswith("_"): del cell["source"]
+        if getattr(cell, "has_sd", False) and self.says_nothing(found[1]): del cell["source"]
         else:
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
                 if "text/markdown" not in data: continue
                 text = mended("".join(data["text/markdown"]), found[1], self.module)
                 data["text/markdown"] = self.once(text, found[1]).splitlines(keepends=True)
+
+    def says_nothing(self, name):
+        "Whether an entry that nobody has asked for is private, or of a property without a word."
+        value = _found(self.module, None, name)
+        return name.startswith("_") or isinstance(value, property) and not value.__doc__
 
     def once(self, text, name):
         "The entry without arguments that were listed before."
