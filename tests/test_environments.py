@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flashconv import kernels
+
 ROOT = Path(__file__).parents[1]
 
 # Forward, gradients, compiled; an assertion would be left out by -O.
@@ -31,6 +33,7 @@ def child(code, *flags, command=(), without=(), **variables):
     "A process with some variables of the environment set, and some missing."
     without = {*without, "FLASHCONV_EFFECTS", "FORCE_COLOR"}  # a traceback is read below
     environ = {name: value for name, value in os.environ.items() if name not in without}
+    if not kernels.available(): environ["FLASHCONV_KERNELS"] = "off"  # a warning would be read, too
     return subprocess.run([*command, sys.executable, *flags, "-c", code], capture_output=True,
                           text=True, env=environ | variables)
 
