@@ -485,7 +485,7 @@ def ruled(size, weight, batch=1, groups=1, stride=1, dilation=1, dtype=mx.float3
     ("taps", "a sum over taps", (56, 56), (128, 1, 3, 3), {"groups": 128, "fft": False}),
     ("taps", "", (56, 56), (96, 1, 7, 7), {"groups": 96, "fft": False}),
     ("taps", "", (8192,), (64, 1, 128), {"groups": 64, "fft": False}),
-    ("matmul", "", (86, 86), (64, 1, 31, 31), {"groups": 64, "fft": False}),
+    ("taps", "", (86, 86), (64, 1, 31, 31), {"groups": 64, "fft": False}),
     ("matmul", "", (40,), (16, 1, 1), {"groups": 4}),
     # Groups, dilation, other dtypes, Netlib.
     ("taps", "", (9, 9), (4, 4, 3, 3), {"dtype": mx.int32}),

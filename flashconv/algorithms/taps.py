@@ -7,12 +7,12 @@ __all__ = ['TAPS', 'slices', 'channel_products', 'added', 'taps', 'in_full_preci
 
 # %% ../../nbs/algorithms/taps.ipynb #d1afbf64
 from itertools import product
-from math import inf, prod
+from math import prod
 
 import mlx.core as mx
 
 from .record import A_STEP, Algorithm, backend
-from .tiles import held_in_tiles, in_tiles
+from .tiles import held_in_tiles, in_tiles, summed_in_turn
 from ..dilation import insert_zeros
 from ..geometry import Geometry
 from ..padding import pad_axes
@@ -58,13 +58,15 @@ def taps(
     g: Geometry,  # everything else
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "A sum of one product per tap, for every dtype."
-    dtype, size = x.dtype, 3 * prod(g.output_shape) * x.itemsize  # two terms and their sum
+    dtype = x.dtype
     x, w = in_full_precision(x, w)
+    size = _under_way(g) * x.itemsize
     if w.shape[1] == 1 and not g.transposed:
-        return in_tiles(_channel_by_channel, x, w, g, size).astype(dtype)
+        return in_tiles(_channel_by_channel, x, w, g, size, least=_PART).astype(dtype)
     x, first = channels_first(x, g)
-    y = _stamped(x, w, first) if g.transposed else in_tiles(_summed, x, w, first, size)
-    return y.astype(dtype) if first is g else mx.moveaxis(y.astype(dtype), 1, -1)
+    run = _stamped if g.transposed else _summed
+    y = in_tiles(run, x, w, first, size, least=_PART).astype(dtype)
+    return y if first is g else mx.moveaxis(y, 1, -1)
 
 # %% ../../nbs/algorithms/taps.ipynb #a8d4ec03
 def in_full_precision(
@@ -92,14 +94,30 @@ def as_products_need(
     "Both as a single product of matrices takes them: in float32 on CPUs, as they are on GPUs."
     return in_full_precision(x, w) if backend() == "cpu" else (x, w)
 
+# %% ../../nbs/algorithms/taps.ipynb #880c07fd
+_AT_ONCE = 4  # terms of a sum under way
+_AHEAD = 10  # operations that MLX prepares while others run, each with an array
+_PART = 16 * 2**20  # bytes of a tile: smaller ones take longer
+
+def _added_in_turn(term, x, taps):
+    "The sum of `term(x, *tap)` over taps, a few at a time."
+    parts = [(x, taps[i : i + _AT_ONCE]) for i in range(0, len(taps), _AT_ONCE)]
+    return summed_in_turn(lambda x, part: added([term(x, *tap) for tap in part]), parts)
+
+def _under_way(g):
+    "The values of the terms that a sum holds at a time, and of the sum."
+    copies = 2 if g.transposed else 1  # of a term: spread out, and moved to its place
+    held = min(prod(g.kernel_size), _AT_ONCE) * copies + 1 + _AHEAD
+    return held * prod(g.output_shape)
+
 # %% ../../nbs/algorithms/taps.ipynb #39a8c4b8
 def _summed(x, w, g):
     "A convolution, channels first."
     w = w.reshape(g.groups, -1, *w.shape[1:])
     x = pad_axes(x, dict(enumerate(g.padding, 2)))
     shape = len(x), g.groups, w.shape[2], -1
-    y = added([channel_products(w[(..., *tap)], x[where].reshape(shape))
-                for tap, where in _met(g)])
+    def term(x, tap, where): return channel_products(w[(..., *tap)], x[where].reshape(shape))
+    y = _added_in_turn(term, x, list(_met(g)))
     return y.reshape(len(x), -1, *g.out)
 
 # %% ../../nbs/algorithms/taps.ipynb #4abbeb00
@@ -110,7 +128,8 @@ def _channel_by_channel(x, w, g):
     w = mx.contiguous(mx.moveaxis(w[:, 0], 0, -1))  # a tap's weights lie together
     w = mx.unflatten(w, -1, (g.groups, -1))  # (*kernel, groups, O/groups)
     beside = () if g.channels_last else (..., *(None,) * len(g.out))
-    y = added([x[_from(where, g)] * w[(*tap, *beside)] for tap, where in _met(g)])
+    def term(x, tap, where): return x[_from(where, g)] * w[(*tap, *beside)]
+    y = _added_in_turn(term, x, list(_met(g)))
     return mx.flatten(y, -2, -1) if g.channels_last else mx.flatten(y, 1, 2)
 
 def _from(where, g):
@@ -123,23 +142,25 @@ def _stamped(x, w, g):
     size, batch = x.shape[2:], len(x)
     w = w.reshape(g.groups, -1, *w.shape[1:])
     full = [o + before + after for o, (before, after) in zip(g.out, g.padding)]
-    flat, stamps = x.reshape(batch, g.groups, w.shape[1], -1), []
-    for tap in product(*map(range, g.kernel_size)):
+    def stamp(flat, tap):
         y = channel_products(w[(..., *tap)].swapaxes(1, 2), flat).reshape(batch, -1, *size)
         y = insert_zeros(y, dict(enumerate(g.stride, 2)))
         starts = [t * d for t, d in zip(tap, g.dilation)]
-        stamps.append(pad_axes(y, {axis: (start, n - start - y.shape[axis])
-                                   for axis, (start, n) in enumerate(zip(starts, full), 2)}))
-    return added(stamps)[(..., *(slice(p[0], p[0] + o) for o, p in zip(g.out, g.padding)))]
+        return pad_axes(y, {axis: (start, n - start - y.shape[axis])
+                            for axis, (start, n) in enumerate(zip(starts, full), 2)})
+    taps = [(tap,) for tap in product(*map(range, g.kernel_size))]
+    y = _added_in_turn(stamp, x.reshape(batch, g.groups, w.shape[1], -1), taps)
+    return y[(..., *(slice(p[0], p[0] + o) for o, p in zip(g.out, g.padding)))]
 
 # %% ../../nbs/algorithms/taps.ipynb #8f3c3391
-_MOST_TAPS = 256  # of more, MLX holds more terms at a time than tiles allow for
-
 def _cost(call):
-    if call.n_taps > _MOST_TAPS: return inf
     read = call.seen if call.weight_shape[1] > 1 else 0
-    return read + _terms(call) + 2 * call.n_taps * A_STEP + call.multiplied
+    terms = call.n_taps * prod(call.g.output_shape)
+    return read + terms + 2 * call.n_taps * A_STEP + call.multiplied
 
-def _terms(call): return call.n_taps * prod(call.g.output_shape)
+def _held(call, arrays):
+    g, held = call.g, held_in_tiles(lambda call: _under_way(call.g))
+    if not g.transposed or g.groups > 1 or g.output_shape[0] > 1: return held(call, arrays)
+    return _under_way(g) * max(4, call.dtype.size) + arrays  # nothing to cut
 
-TAPS = Algorithm("taps", taps, lambda call: True, _cost, held_in_tiles(_terms), "a sum over taps")
+TAPS = Algorithm("taps", taps, lambda call: True, _cost, _held, "a sum over taps")

@@ -153,7 +153,7 @@ def in_tiles(
     f: Callable,  # an algorithm: f(x, w, g)
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
-    g: Geometry,  # of a convolution that is not transposed
+    g: Geometry,  # of any convolution; a transposed one is cut by batch and groups only
     size: int,  # bytes that `f` would need besides its arrays
     tile: int | None = None,  # bytes that it may need at a time; None for the limits above
     least: int = 0,  # bytes of a part below which cutting saves nothing
@@ -164,8 +164,8 @@ def in_tiles(
     parts, longest = -(-size // tile), g.out.index(max(g.out))
     if len(x) > 1: tiles, axis = by_batch(x, w, g, parts)
     elif g.groups > 1: tiles, axis = by_groups(x, w, g, parts)
-    elif max(g.out) > 1: tiles, axis = _by_rows(x, w, g, parts, longest)
-    else: return f(x, w, g)
+    elif g.transposed or max(g.out) == 1: return f(x, w, g)
+    else: tiles, axis = _by_rows(x, w, g, parts, longest)
     whole = g.output_shape[axis]
     def part(x, w, g): return in_tiles(f, x, w, g, size * g.output_shape[axis] // whole, tile)
     return mx.concatenate(in_turn(part, tiles), axis)
