@@ -1041,5 +1041,5 @@ def test_the_glue_compiles_without_warnings(monkeypatch, command):
     library = build.glue()
     flags = [flag for flag in library.flags + library.places if flag[:2] in ("-s", "-f", "-D", "-i")
              and flag != "-shared"]
-    done = subprocess.run([*build.compiler(), *flags, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", library.sources[0]], capture_output=True, text=True)
+    done = subprocess.run([*build.compiler(), *flags, build._HIDDEN, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", library.sources[0]], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -34,6 +34,8 @@ import mlx.core as mx
 SOURCES = Path(importlib.util.find_spec("flashconv").origin).parent / "kernels/cpp"
 
 # %% ../../nbs/kernels/01_build.ipynb #baefe671
+_HIDDEN = "-fvisibility=hidden"  # for all: no two libraries of a process share what they define
+
 class Library(NamedTuple):
     "One library, and what it depends on."
     name: str  # "glue" or "kernels"
@@ -45,7 +47,7 @@ class Library(NamedTuple):
 
     def key(self):
         "What tells it from libraries of other sources, flags, machines and versions."
-        parts = *self.flags, *self.holds_for
+        parts = *self.flags, _HIDDEN, *self.holds_for
         return _digest([path.read_bytes() for path in self.sources], map(str.encode, parts))
 
 # %% ../../nbs/kernels/01_build.ipynb #ecaca950
@@ -101,7 +103,7 @@ def kernels(
 ) -> Library:
     "The kernels: plain C++, which neither MLX nor Python changes."
     option = "-march=" if machine() == "x86_64" else "-mcpu="
-    flags = "-std=c++17", "-O3", option + architecture, "-fPIC", "-shared", "-fvisibility=hidden"
+    flags = "-std=c++17", "-O3", option + architecture, "-fPIC", "-shared"
     headers = (file for file in SOURCES.glob("*.h") if file.name not in _OF_GLUE)
     sources = SOURCES / "kernels.cpp", *sorted(headers)
     return Library("kernels", sources, flags, (machine(), processor()), _tools())
@@ -143,8 +145,7 @@ def glue() -> Library:
     places = (*(f"-isystem{folder}" for folder in headers),
               str(nanobind / "src/nb_combined.cpp"), f"-L{mlx / 'lib'}", "-lmlx")
     sources = tuple(SOURCES / name for name in ("glue.cpp", "conv.h", *_OF_GLUE))
-    flags = ("-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DNB_DOMAIN=mlx",
-             "-DNDEBUG")
+    flags = "-std=c++20", "-O1", "-fPIC", "-shared", "-DNB_DOMAIN=mlx", "-DNDEBUG"
     holds_for = (machine(), mx.__version__, _state(mlx / "lib/libmlx.so"),
                  sysconfig.get_config_var("SOABI"))
     return Library("glue", sources, flags, holds_for, _tools(number), places)
@@ -216,7 +217,7 @@ def _start(library, file):
     "The compiler at work."
     inputs = str(library.sources[0]), *library.places
     return subprocess.Popen(
-        [*compiler(), *library.flags, *inputs, "-o", str(file)], stdin=subprocess.DEVNULL,
+        [*compiler(), *library.flags, _HIDDEN, *inputs, "-o", str(file)], stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         env=os.environ | {"TMPDIR": str(file.parent), "LC_ALL": "C"})
 
