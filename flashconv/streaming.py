@@ -228,7 +228,7 @@ def step(
     input: mx.array,  # a chunk of any length
     state: dict,  # the first one, or the one of the step before; it stays as it is
 ) -> tuple:  # what the model gives for the chunk, and the next state
-    "The next outputs of a model. Raises what its layers raise, `ValueError` for another model's state."
+    "The next outputs of a model. Raises as its layers do, `ValueError` for another model's state."
     layers = _streamed(model)
     if not isinstance(state, dict) or state.keys() != layers.keys():
         raise ValueError(f"expected a state for the layers {list(layers)}, but got "

@@ -79,8 +79,8 @@ def _module(cells):
     return importlib.import_module(f"flashconv.{names[0]}") if names else None
 
 
-def mended(text, name, module=None):
-    "An entry with what it lacks; `module` is the page's own."
+def mended(text, name, module):
+    "An entry with what it lacks; `module` is the page's own, or None."
     linked = re.search(r"/blob/[^/]+/([\w/]+)\.py#", text)
     linked = linked and importlib.import_module(linked[1].replace("/", "."))
     value = _found(module, linked, name)

@@ -142,13 +142,13 @@ def _stamped(x, w, g):
     size, batch = x.shape[2:], len(x)
     w = w.reshape(g.groups, -1, *w.shape[1:])
     full = [o + before + after for o, (before, after) in zip(g.out, g.padding)]
-    def stamp(flat, tap):
+    def stamp(flat, *tap):
         y = channel_products(w[(..., *tap)].swapaxes(1, 2), flat).reshape(batch, -1, *size)
         y = insert_zeros(y, dict(enumerate(g.stride, 2)))
         starts = [t * d for t, d in zip(tap, g.dilation)]
         return pad_axes(y, {axis: (start, n - start - y.shape[axis])
                             for axis, (start, n) in enumerate(zip(starts, full), 2)})
-    taps = [(tap,) for tap in product(*map(range, g.kernel_size))]
+    taps = list(product(*map(range, g.kernel_size)))
     y = _added_in_turn(stamp, x.reshape(batch, g.groups, w.shape[1], -1), taps)
     return y[(..., *(slice(p[0], p[0] + o) for o, p in zip(g.out, g.padding)))]
 
