@@ -155,7 +155,7 @@ void convolve_tile(const Layer& layer, const Problem& p, const Tile& tile, const
   const int64_t channel_size = shape.floats + WIDTH;
   const int64_t end = shape.position(0, tile.size[1] - 1) + tile.size[2];
   const int64_t size = divide_up(end, WIDTH) * WIDTH;
-  const Layout from = p.source();
+  const Layout from = p.source;
   float* packed = scratch<float>(TILE, layer.inputs * channel_size);
   float* sums = scratch<float>(SUMS, layer.outputs * size);
   pack_channels(packed, channel_size, Source<float>{x, x + from.image, from.channel, from.step},

@@ -30,7 +30,7 @@ struct Output {
 
 template <class T>
 float sum_carefully(const Problem& p, const Output& to, const T* read, const T* w, float sum) {
-  const Layout from = p.source();
+  const Layout from = p.source;
   const std::array<Axis, 3>& axes = p.axes;
   const T* data = read + to.image * from.image + to.group * p.inputs * from.channel;
   const T* weights = w + to.group * group_weights(p) + to.channel * p.weight_output;
@@ -56,7 +56,7 @@ template <class T>
 void convolve_carefully(const Problem& p, const T* read, const T* w, const void* bias, T* written,
                         const Threads& threads) {
   const std::vector<float> start = widen_bias<T>(bias, p.groups * p.outputs);
-  const Layout layout = p.target();
+  const Layout layout = p.target;
   run_all(threads, p.batch * p.groups * p.outputs, [&](int64_t job) {
     const int64_t channel = job % (p.groups * p.outputs);
     Output to{job / (p.groups * p.outputs), channel / p.outputs, channel % p.outputs, {}};

@@ -182,7 +182,7 @@ template <class T>
 void depthwise_channel(const ChannelTile& channel, T* to) {
   const Problem& p = channel.problem;
   const Tile& tile = channel.tile;
-  const Layout layout = p.target();
+  const Layout layout = p.target;
   const int64_t heights = p.axes[1].phases;
   const int64_t widths = p.axes[2].phases;
   for (int64_t f = 0; f < p.axes[0].phases * heights; f++)
@@ -200,8 +200,8 @@ template <class T>
 void depthwise_first(const Problem& p, const T* read, const T* w, const void* bias, T* written,
                      const Threads& threads) {
   const DepthwisePlan plan = depthwise_plan(p, 1);
-  const Layout from = p.source();
-  const Layout to = p.target();
+  const Layout from = p.source;
+  const Layout to = p.target;
   const TileShape shape(p.axes, plan.size);
   const std::vector<float> start = widen_bias<T>(bias, p.groups);
   const int64_t taps = plan.taps.all.size();
@@ -284,7 +284,7 @@ template <class T>
 void depthwise_block(const Problem& p, const DepthwisePlan& plan, const Tile& tile,
                      const float* packed, const float* weights, const float* start, T* to,
                      int64_t channels) {
-  const Layout layout = p.target();
+  const Layout layout = p.target;
   const TileShape shape(p.axes, plan.size);
   const Axis* axes = p.axes.data();
   for (int64_t phase = 0; phase < p.phases(); phase++) {
@@ -322,8 +322,8 @@ template <class T>
 void depthwise_last(const Problem& p, const T* read, const T* w, const void* bias, T* written,
                     const Threads& threads) {
   const DepthwisePlan plan = depthwise_plan(p, PLACE);
-  const Layout from = p.source();
-  const Layout to = p.target();
+  const Layout from = p.source;
+  const Layout to = p.target;
   const TileShape shape(p.axes, plan.size);
   const int64_t blocks = divide_up(p.groups, PLACE);
   const int64_t taps = plan.taps.all.size();

@@ -13,7 +13,8 @@ namespace flashconv {
 
 constexpr int64_t TILE_FLOATS = 48 << 10;  // of a packed tile, and of its sums: both stay in L2
 constexpr int64_t CHUNK_FLOATS = 6 << 10;  // of what a block reads again and again: stays in L1
-constexpr int64_t MOST_CHANNELS = 128;     // packed at a time: long rows are read faster
+constexpr int64_t MOST_CHANNELS = 192;     // packed at a time: long rows are read faster
+constexpr int64_t SMALL_TILE = 192;        // places: what is packed for fewer is used too rarely
 constexpr int64_t MOST_SKIPPED = 21;       // taps along an axis: three axes in the bits of a number
 constexpr int64_t FEW_STRIPS = 8;          // uses of a weight that are not worth packing it
 constexpr int64_t PACKED_BLOCKS = 16;      // of weights: long enough to be read along
@@ -126,7 +127,7 @@ inline bool shrink_tile(const Problem& p, Plan& plan) {
 // Fewer phases and outputs a task where a tile is small already, else smaller tiles.
 inline bool shrink_sums(const Problem& p, Plan& plan) {
   const int64_t row_of_phases = p.axes[2].phases;
-  const bool is_small = count_vectors(p, plan.size) <= 4 * SUMS_IN_REGISTERS;
+  const bool is_small = count_vectors(p, plan.size) * WIDTH <= SMALL_TILE;
   if (p.shared >= 0) return halve(plan.size);
   if (is_small && plan.phases_a_task > row_of_phases) {
     plan.phases_a_task = divide_up(plan.phases_a_task / row_of_phases, 2) * row_of_phases;
@@ -173,11 +174,12 @@ inline void share_among_threads(const Problem& p, Plan& plan, int64_t threads) {
   }
 }
 
+// Where a block's weights for the chunk of channels that starts at `channel` are.
 inline int64_t packed_at(const Problem& p, const Plan& plan, int64_t group, int64_t phase,
                          int64_t block, int64_t channel) {
   const int64_t all_taps = plan.taps.all.size();
-  const int64_t rows = plan.blocks.size(block);
-  const int64_t before = p.inputs * plan.blocks.begin(block) + channel * rows;
+  const int64_t channels = std::min(plan.chunk, p.inputs - channel);
+  const int64_t before = channel * p.outputs + channels * plan.blocks.begin(block);
   return group * all_taps * p.inputs * p.outputs +
          plan.taps.first[phase] * p.inputs * p.outputs + before * plan.taps.count(phase);
 }
@@ -560,7 +562,7 @@ template <class T>
 void sum_task(const Call& call, const Task& task, const T* read, float* sums) {
   const Problem& p = call.problem;
   const Plan& plan = call.plan;
-  const Layout from = p.source();
+  const Layout from = p.source;
   TileRows rows = find_rows(p.axes, from.step, task.tile, TileShape(p.axes, plan.size));
   rows.keeps_padding = !plan.skips;
   float* tile = scratch<float>(TILE, task.groups * plan.chunk * plan.channel_size);
@@ -623,7 +625,7 @@ template <class T>
 void store_phases(const Call& call, const Task& task, int64_t depth, int64_t height, StoredRow row,
                   T* to) {
   const Problem& p = call.problem;
-  const Layout layout = p.target();
+  const Layout layout = p.target;
   const float* sums = row.sums;
   const int64_t width = task.tile.start[2] * row.phases;
   row.count = std::min(row.places * row.phases, p.written[2] - width);
@@ -645,7 +647,7 @@ void store_phases(const Call& call, const Task& task, int64_t depth, int64_t hei
 template <class T>
 void store_task(const Call& call, const Task& task, const float* sums, T* written) {
   const Problem& p = call.problem;
-  const Layout layout = p.target();
+  const Layout layout = p.target;
   const int64_t output = task.group * p.outputs + first_output(call.plan, task);
   T* to = written + task.image * layout.image + output * layout.channel;
   StoredRow row;
@@ -676,7 +678,7 @@ inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   share_among_threads(p, plan, threads);
   plan.tiles = count_tiles(p.places(), plan.size);
   const TileShape shape(p.axes, plan.size);
-  plan.channel_size = shape.floats + WIDTH;
+  plan.channel_size = divide_up(shape.floats, WIDTH) * WIDTH + WIDTH;  // vectors start at lines
   plan.taps = make_taps(p.axes, shape, p.kernel);
   plan.most_taps = 1;
   for (int64_t f = 0; f < p.phases(); f++)
@@ -690,7 +692,7 @@ inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   return plan;
 }
 
-// ---- weights: [group][phase][block][chunk][tap][channel][row] -----------------------------------
+// ---- weights: [group][phase][chunk][block][tap][channel][row] -----------------------------------
 
 template <class T>
 void convolve_dense(const Problem& p, const T* read, const T* w, const void* bias, T* written,

@@ -51,7 +51,7 @@ void sum_outer(const Places& places, const float* x, const int64_t* offsets, con
     for (int64_t i = 0; i < places.length; i++, y += y_size) {
       Vector outputs[VECTORS];
       FLASHCONV_UNROLL
-      for (int v = 0; v < VECTORS; v++) outputs[v] = load(y + v * WIDTH);
+      for (int v = 0; v < VECTORS; v++) outputs[v] = hold(load(y + v * WIDTH));
       FLASHCONV_UNROLL
       for (int r = 0; r < ROWS; r++) {
         FLASHCONV_UNROLL
@@ -95,11 +95,14 @@ template <int ROWS, int COLUMNS>
 inline __attribute__((always_inline)) void dot_step(Vector (&sums)[ROWS][COLUMNS],
                                                     const Vector (&x)[COLUMNS], const float* y,
                                                     int64_t y_size) {
+  Vector outputs[ROWS];
   FLASHCONV_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    const Vector output = load(y + r * y_size);
+  for (int r = 0; r < ROWS; r++) outputs[r] = hold(load(y + r * y_size));
+  FLASHCONV_UNROLL
+  for (int c = 0; c < COLUMNS; c++) {
+    const Vector input = ROWS > 1 ? hold(x[c]) : x[c];
     FLASHCONV_UNROLL
-    for (int c = 0; c < COLUMNS; c++) sums[r][c] += output * x[c];
+    for (int r = 0; r < ROWS; r++) sums[r][c] += outputs[r] * input;
   }
 }
 

@@ -28,8 +28,21 @@ inline Convolution join_places(Convolution c) {
   return c;
 }
 
+// What join_places has left in one row an image: images become the axis before it.
+inline void join_images(Problem& p) {
+  const bool is_a_row = p.read[0] * p.read[1] == 1 && p.read == p.written;
+  if (p.channels_last || p.batch == 1 || product(p.kernel) > 1 || !is_a_row) return;
+  p.axes[1].length = p.axes[1].places = p.read[1] = p.written[1] = p.batch;
+  for (Layout* layout : {&p.source, &p.target}) {
+    layout->step[1] = layout->image;
+    layout->image *= p.batch;
+  }
+  p.batch = 1;
+}
+
 inline Problem find_problem(const Convolution& c) {
   Problem p = make_problem(c);
+  join_images(p);
   share_long_axis(p, c);
   return p;
 }

@@ -46,14 +46,15 @@ inline __attribute__((always_inline)) void multiply_step(Vector (&sums)[ROWS][VE
   if constexpr (ROWS < VECTORS) {  // fewer weights than vectors: these stay in registers
     FLASHCONV_UNROLL
     for (int v = 0; v < VECTORS; v++) {
-      const Vector x = load(input[v] + offset);
+      const Vector loaded = load(input[v] + offset);
+      const Vector x = ROWS > 1 ? hold(loaded) : loaded;
       FLASHCONV_UNROLL
       for (int r = 0; r < ROWS; r++) sums[r][v] += x * weights[r * row];
     }
   } else {
     Vector x[VECTORS];
     FLASHCONV_UNROLL
-    for (int v = 0; v < VECTORS; v++) x[v] = load(input[v] + offset);
+    for (int v = 0; v < VECTORS; v++) x[v] = hold(load(input[v] + offset));
     FLASHCONV_UNROLL
     for (int r = 0; r < ROWS; r++) {
       FLASHCONV_UNROLL

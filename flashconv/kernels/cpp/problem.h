@@ -18,13 +18,12 @@ struct Problem {
   Three read, written, kernel;
   int64_t weight_input, weight_output;  // steps in w from one channel to the next
   bool channels_last;
+  Layout source, target;
   std::array<Axis, 3> axes;
   int shared = -1;           // the axis that shared.h cuts into SHARED phases, or none
   int64_t kernel_step = 0;   // along it
   bool is_reversed = false;  // a gradient runs through the kernel backwards
 
-  Layout source() const { return layout(read, groups * inputs, channels_last); }
-  Layout target() const { return layout(written, groups * outputs, channels_last); }
   Three places() const { return {axes[0].places, axes[1].places, axes[2].places}; }
   int64_t phases() const { return axes[0].phases * axes[1].phases * axes[2].phases; }
   int64_t weights() const { return groups * inputs * outputs * product(kernel); }
@@ -59,6 +58,8 @@ inline Problem make_problem(const Convolution& c) {
     const AxisLengths lengths = axis_lengths(c, i, p.read, p.written);
     p.axes[i] = is_gradient ? gradient_axis(lengths) : forward_axis(lengths, false);
   }
+  p.source = layout(p.read, p.groups * p.inputs, p.channels_last);
+  p.target = layout(p.written, p.groups * p.outputs, p.channels_last);
   return p;
 }
 

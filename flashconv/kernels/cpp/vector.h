@@ -62,6 +62,16 @@ inline Vector load(const float* from) {
 
 inline void store(float* to, Vector value) { memcpy(to, &value, sizeof value); }
 
+// A value that is used several times, in a register from here on.
+inline __attribute__((always_inline)) Vector hold(Vector value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+
 inline Vector load(const BFloat16* from) {
   Halves halves;
   memcpy(&halves, from, sizeof halves);
