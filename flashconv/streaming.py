@@ -7,6 +7,8 @@ __all__ = ['initial_state', 'step']
 
 # %% ../nbs/20_streaming.ipynb #a745100e
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,52 +24,77 @@ from .padding import check_array
 from .transposed import ConvTranspose1d, _ConvTranspose
 
 # %% ../nbs/20_streaming.ipynb #ea33ae81
-def _numbers(layer):
-    "The kernel's span, the stride, and the pair of padding or of what is cut off."
-    (kernel,), padding = layer.weight.shape[2:], as_padding(layer.padding, 1)
-    (stride,), (dilation,) = (as_ints(getattr(layer, name), 1, name)
-                              for name in ("stride", "dilation"))
-    padding = padding if isinstance(padding, str) else padding[0]
-    of = _cut if layer.transposed else fixed_pair
-    return effective_kernel_size(kernel, dilation), stride, of(padding, kernel, stride, dilation)
+class _Reading(NamedTuple):
+    "How a layer reads a stream, in samples."
+    span: int  # of the kernel
+    stride: int
+    first: int  # that a state holds at first,
+    least: int  # at least
+    most: int  # and at most
+    obstacle: str  # why the layer can't run on a stream; empty if it can
 
-def _kept(layer):
-    "The samples that a state holds: (at first, at least, at most)."
-    span, stride, (before, _) = _numbers(layer)
-    if layer.transposed: return ((span - 1) // stride,) * 3
+def _kept(transposed, span, stride, before):
+    "The samples that a state holds: at first, at least, at most."
+    if transposed: return ((span - 1) // stride,) * 3
     skipped = max(stride - span, 0)  # behind a window and before the next one
     first = before + skipped
     return first, min(first, span - stride + skipped), max(before, span - 1) + skipped
 
 # %% ../nbs/20_streaming.ipynb #981119dc
-def _obstacle(layer):
-    "Why a layer can't run on a stream; empty if it can."
-    if isinstance(layer, _Lazy):
-        return "it has no weight yet: call flashconv.materialize(model, *inputs) first"
-    plain, own = (_ConvTranspose, "__call__") if layer.transposed else (_Conv, "_conv_forward")
-    changed = [cls for cls in type(layer).__mro__ if own in vars(cls)
-               and cls is not plain and cls.__name__ != "_Parametrized"]
+def _obstacle(cls, padding_mode, padding, before, after, whole):
+    "Why such layers can't run on a stream; `whole` is what a transposed one has to cut."
+    transposed = issubclass(cls, _ConvTranspose)
+    plain, own = (_ConvTranspose, "__call__") if transposed else (_Conv, "_conv_forward")
+    changed = [base for base in cls.__mro__ if own in vars(base)
+               and base is not plain and base.__name__ != "_Parametrized"]
     if changed and not issubclass(plain, changed[0]): return f"it replaces {own}"
-    span, stride, (before, after) = _numbers(layer)
-    if layer.padding_mode != "zeros":
-        return f"padding_mode={layer.padding_mode!r} is for whole inputs: make it zeros"
-    if not layer.transposed: return after and (
-        f"padding={layer.padding!r} makes outputs see {after} later inputs: make it 'causal'")
-    after -= as_ints(layer.output_padding, 1, "output_padding")[0]
-    return "" if (before, after) == (0, span - stride) else (
-        f"padding={layer.padding!r} does not cut the end to whole strides: make it 'causal'")
+    if padding_mode != "zeros":
+        return f"padding_mode={padding_mode!r} is for whole inputs: make it zeros"
+    if transposed and (before, after) != (0, whole):
+        return f"padding={padding!r} does not cut the end to whole strides: make it 'causal'"
+    if after and not transposed:
+        return f"padding={padding!r} makes outputs see {after} later inputs: make it 'causal'"
+    return ""
+
+# %% ../nbs/20_streaming.ipynb #e295683c
+@lru_cache(maxsize=1024)
+def _read(cls, padding_mode, kernel, stride, padding, dilation, output_padding):
+    "The reading of layers of a class with these numbers."
+    (stride,), (dilation,), (extra,) = (as_ints(value, 1, name) for value, name in (
+        (stride, "stride"), (dilation, "dilation"), (output_padding, "output_padding")))
+    transposed, one = issubclass(cls, _ConvTranspose), as_padding(padding, 1)
+    of = _cut if transposed else fixed_pair
+    before, after = of(one if isinstance(one, str) else one[0], kernel, stride, dilation)
+    span = effective_kernel_size(kernel, dilation)
+    obstacle = _obstacle(cls, padding_mode, padding, before, after - extra, span - stride)
+    return _Reading(span, stride, *_kept(transposed, span, stride, before), obstacle)
+
+_LAZY = _Reading(0, 0, 0, 0, 0,
+                 "it has no weight yet: call flashconv.materialize(model, *inputs) first")
+
+def _prepared(layer):
+    "The layer's weight, and how it reads a stream."
+    if isinstance(layer, _Lazy): return None, _LAZY
+    weight = layer.weight  # once: a parametrized layer computes it
+    numbers = (type(layer), layer.padding_mode, weight.shape[2], *(
+        layer._kept(name) for name in ("stride", "padding", "dilation", "output_padding")))
+    try: return weight, _read(*numbers)
+    except TypeError: return weight, _read.__wrapped__(*numbers)  # lists can't be looked up
 
 # %% ../nbs/20_streaming.ipynb #ccc6bb05
-def _check_layer(layer):
-    if reason := _obstacle(layer): raise ValueError(f"{layer!r} can't run on a stream: {reason}")
+def _checked(layer):
+    "The same. ValueError if it can't run on a stream."
+    weight, reading = _prepared(layer)
+    if reading.obstacle: raise ValueError(f"{layer!r} can't run on a stream: {reading.obstacle}")
+    return weight, reading
 
 def _initial(layer, batch):
-    _check_layer(layer)
+    weight, reading = _checked(layer)
     if batch is not None and as_int(batch, "batch") < 0:
         raise ValueError(f"batch must not be negative, but got {batch}")
-    length, channels = _kept(layer)[0], layer.in_channels
-    shape = (length, channels) if layer.data_format == "channels_last" else (channels, length)
-    return mx.zeros(shape if batch is None else (batch, *shape), layer.weight.dtype)
+    shape = reading.first, layer.in_channels
+    if layer.data_format == "channels_first": shape = shape[::-1]
+    return mx.zeros(shape if batch is None else (batch, *shape), weight.dtype)
 
 # %% ../nbs/20_streaming.ipynb #78c917f8
 @patch
@@ -87,16 +114,16 @@ def initial_state(
     return _initial(self, batch)
 
 # %% ../nbs/20_streaming.ipynb #21709a4d
-def _stepped(layer, x, state):
+def _stepped(layer, x, state, weight, reading):
     "Outputs and next state, channels first or last, of a layer that is not transposed."
     axis = -2 if layer.data_format == "channels_last" else -1
     joined = mx.concatenate([state, x], axis) if state.shape[axis] else x
-    span, stride, _ = _numbers(layer)
+    span, stride, *_ = reading
     skipped = max(stride - span, 0)
     count = (joined.shape[axis] - skipped - span) // stride + 1
     if count < 1: return _nothing(layer, x, axis), joined
     windows = joined if not skipped else _behind(joined, axis, skipped)
-    y = functional.conv1d(windows, layer.weight, layer.bias, stride, 0, layer._kept("dilation"),
+    y = functional.conv1d(windows, weight, layer.bias, stride, 0, layer._kept("dilation"),
                           layer.groups, data_format=layer.data_format)
     return y, _behind(joined, axis, count * stride)
 
@@ -108,21 +135,21 @@ def _nothing(layer, x, axis):
     return mx.zeros(shape, x.dtype)
 
 # %% ../nbs/20_streaming.ipynb #6e334daf
-def _stepped_transposed(layer, x, state):
+def _stepped_transposed(layer, x, state, weight, reading):
     "The same for a transposed layer: `stride` outputs for each input."
     axis = -2 if layer.data_format == "channels_last" else -1
     kept, length = state.shape[axis], x.shape[axis]
     if not length: return _nothing(layer, x, axis), state
     joined = mx.concatenate([state, x], axis) if kept else x
-    span, stride, _ = _numbers(layer)
+    span, stride, *_ = reading
     cut = ((kept * stride, max(span - stride, 0)),)
-    y = functional.conv_transpose1d(joined, layer.weight, layer.bias, stride, cut,
+    y = functional.conv_transpose1d(joined, weight, layer.bias, stride, cut,
                                     max(stride - span, 0), layer.groups, layer._kept("dilation"),
                                     data_format=layer.data_format)
     return y, _behind(joined, axis, length)
 
 # %% ../nbs/20_streaming.ipynb #edebc3ae
-def _check_chunk(layer, x, state):
+def _check_chunk(layer, x, state, weight, reading):
     "Refuse a chunk that the layer can't take, and a state that isn't its own."
     check_array(f"{type(layer).__name__}.step", "input", x)
     check_array(f"{type(layer).__name__}.step", "state", state)
@@ -133,24 +160,24 @@ def _check_chunk(layer, x, state):
     if x.shape[channel] != layer.in_channels:
         raise RuntimeError(f"expected input{list(x.shape)} to have {layer.in_channels} channels, "
                            f"but got {x.shape[channel]} channels instead")
-    _, least, most = _kept(layer)
+    least, most = reading.least, reading.most
     fits = state.ndim == x.ndim and state.shape[channel] == layer.in_channels
     if not (fits and state.shape[:-2] == x.shape[:-2] and least <= state.shape[axis] <= most):
         raise ValueError(f"expected a state of {type(layer).__name__} for input{list(x.shape)}, "
                          f"with {least} to {most} samples, but got shape {list(state.shape)}; "
                          "initial_state(batch) makes the first one")
     for name, array in (("input", x), ("state", state)):
-        if array.dtype != layer.weight.dtype:
-            raise RuntimeError(f"Input type ({array.dtype}) and weight type ({layer.weight.dtype}) "
+        if array.dtype != weight.dtype:
+            raise RuntimeError(f"Input type ({array.dtype}) and weight type ({weight.dtype}) "
                                f"should be the same, but the {name} differs")
 
 # %% ../nbs/20_streaming.ipynb #9f811fd2
 def _step(layer, input, state):
-    _check_layer(layer)
-    _check_chunk(layer, input, state)
+    weight, reading = _checked(layer)
+    _check_chunk(layer, input, state, weight, reading)
     run = _stepped_transposed if layer.transposed else _stepped
-    if layer.device is None: return run(layer, input, state)
-    with layer._on_device(): return run(layer, input, state)
+    if layer.device is None: return run(layer, input, state, weight, reading)
+    with layer._on_device(): return run(layer, input, state, weight, reading)
 
 @patch
 def step(
@@ -182,7 +209,7 @@ def _streamed(model):
     found = {}
     for path, module in model.named_modules():
         is_ours = isinstance(module, (Conv1d, ConvTranspose1d))
-        if is_ours: reason = _obstacle(module)
+        if is_ours: reason = _prepared(module)[1].obstacle
         elif isinstance(module, _ConvNd): reason = "only layers with one axis can be streamed"
         elif any(cls.__name__ in _MIXES and cls.__module__.startswith(("mlx.", "flashconv."))
                  for cls in type(module).__mro__):
