@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPREAD', 'VOLUME', 'ON_GPUS', 'ON_GPUS_FOR_WEIGHTS', 'spread', 'volume', 'kind_of', 'winners_file', 'measured',
-           'Counts', 'counted']
+           'Counts', 'counted', 'in_mlx_order']
 
 # %% ../../nbs/algorithms/gpu.ipynb #73829238
 import json
@@ -208,21 +208,31 @@ def _new(name, inputs, shape, dtype):
         return np.empty_like(first, kind, order="K")
     return np.empty(shape, kind)
 
+# %% ../../nbs/algorithms/gpu.ipynb #77569d22
+def _without_rules(algorithm, g, may_fft): return lambda x, w: algorithm(x, w, g)
+
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # by bytes: NumPy has them all
+
+def _as_it_lies(array):
+    "The bytes of an evaluated array, with its strides."
+    return np.asarray(array.view(_UNSIGNED[array.dtype.size]))
+
 # %% ../../nbs/algorithms/gpu.ipynb #787ca643
 def counted(
-    run: Callable,  # a function of arrays that is built from MLX's operations
+    run: Callable,  # a layer or a function that is built from MLX's operations, forward
     *arrays: mx.array,  # its arguments, which are not read
 ) -> Counts:
     "What the graph of a call would launch and copy on a GPU, without running it."
     from unittest.mock import patch  # slow to import, and for this alone
 
     steps, made, count = [], {}, [0, 0, 0]
-    with patch.object(mx, "contiguous", mx.stop_gradient):  # which MLX can export
+    with (patch.object(mx, "contiguous", mx.stop_gradient),  # which MLX can export
+          patch("flashconv.algorithms.derivatives._with_rules", _without_rules)):
         mx.export_function(steps.append, run, *arrays)
     for step in steps:
         for name, shape, dtype in step["inputs"] if step["type"] == "inputs" else ():
             made[name] = np.empty(shape, f"V{dtype.size}")
-        for name, array in step.get("constants", ()): made[name] = np.empty(array.shape, "V4")
+        for name, array in step.get("constants", ()): made[name] = _as_it_lies(array)
         if step["type"] == "primitive": _replay(step, made, count)
     return Counts(*count)
 
@@ -240,3 +250,21 @@ def _replay(step, made, count):
     elif view is None: count[0] += 1
     count[1] += len(copied)
     count[2] += sum(a.size * a.itemsize for a in copied)
+
+# %% ../../nbs/algorithms/gpu.ipynb #cd939b8a
+_READ_BY_MLX = mx.float32, mx.float16, mx.bfloat16
+
+def in_mlx_order(
+    w: mx.array,  # PyTorch's weight
+    transposed: bool,  # whether it belongs to a transposed convolution
+    groups: int,  # blocks of channels that don't see each other
+) -> mx.array:  # of the same shape and values
+    "A weight that lies in memory as GPUs read it."
+    if w.ndim < 3 or w.dtype not in _READ_BY_MLX or transposed and groups > 1: return w
+    axes = range(2, w.ndim)
+    if transposed: order = 1, *axes, 0
+    elif groups > 1 and len(axes) == 3 and w.dtype == mx.float32: order = 2, 0, 3, 4, 1  # by planes
+    else: order = 0, *axes, 1
+    w = w.transpose(order)
+    w = mx.flatten(w).reshape(w.shape)  # in one run; MLX can't export `mx.contiguous`
+    return w.transpose([order.index(axis) for axis in range(w.ndim)])
