@@ -3,6 +3,7 @@ import copy
 import json
 import pickle
 from contextlib import ExitStack
+from dataclasses import replace
 
 import flashconv as fc
 import flashconv.functional as F
@@ -11,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from flashconv.algorithms import choice, derivatives, gpu, native
+from flashconv.algorithms import choice, derivatives, gpu, native, record
 from flashconv.algorithms.native import as_convolution
 from flashconv.algorithms.record import as_on
 from flashconv.geometry import conv_geometry
@@ -405,6 +406,65 @@ def test_two_strides_in_one_process():
             mx.export_function(graphs.append, run, x, w)
     spreads = [step["arguments"][4] for step in graphs if step.get("name") == "Convolution"]
     assert spreads == [[2, 2], [2, 2]]  # the one between is composed of products
+
+
+def mended(monkeypatch, name):
+    "As if the installed MLX had mended a trap."
+    monkeypatch.setitem(record.TRAPS, name, record.TRAPS[name]._replace(until=mx.__version__))
+    choice._rule.cache_clear()
+
+
+@pytest.mark.parametrize("installed, since, until, holds", (
+    ("0.32.4", "0.30.0", None, True), ("0.32.4", "0.32.4", None, True),
+    ("0.32.4", "0.33", None, False), ("0.32.4", "0.9.0", "0.32.5", True),
+    ("0.32.4", "0.9.0", "0.32.4", False), ("0.100.0", "0.9.0", "0.99", False),
+    ("1.0.0", "0.9.0", None, True), ("0.33.0.dev20261128+abc1234", "0.9.0", "0.33.0", False)))
+def test_versions_of_a_trap(monkeypatch, installed, since, until, holds):
+    "A version that nobody has read is assumed to have it."
+    monkeypatch.setattr(mx, "__version__", installed)
+    assert record.Trap("all", "", "", since, until).holds() is holds
+
+
+def test_traps_that_a_cpu_shows():
+    "Once one of these fails, the version of MLX that mends it belongs into `TRAPS`."
+    with mx.stream(mx.cpu):
+        cropped = mx.conv_general(mx.ones((1, 4, 1)), mx.ones((1, 1, 1)), padding=([-1], [-1]),
+                                  input_dilation=2, flip=True)
+        assert (cropped.shape != (1, 5, 1)) is record.TRAPS["negative padding"].holds()
+        try: mx.conv3d(mx.ones((1, 3, 3, 3, 4)), mx.ones((4, 3, 3, 3, 2)), groups=2)
+        except ValueError: is_refused = True
+        else: is_refused = False
+        assert is_refused is record.TRAPS["groups"].holds()
+
+
+def test_nothing_is_avoided_that_is_mended(monkeypatch):
+    "Each condition asks whether its trap holds."
+    x, w, g = geometry((128, 128, (64, 64), (3, 3), {"padding": 1}), 1, True)
+    def avoids(dtype): return native.loses_digits_by_winograd(g, (128, 3, 3, 128), 1, dtype)
+    with as_on("metal"):
+        monkeypatch.setattr(native, "has_tensor_products", lambda: True)
+        assert avoids(mx.float32) and avoids(mx.float16)
+        mended(monkeypatch, "winograd in halves")
+        assert avoids(mx.float32) and not avoids(mx.float16)
+        mended(monkeypatch, "winograd in float32")
+        assert not avoids(mx.float32)
+        _, weight, g = geometry((4, 6, (5, 9, 9), (3, 3, 3), {"padding": 1}), 2, True, groups=2)
+        assert choice.choose(g, weight.shape, mx.float32)[0] == "native"
+        mended(monkeypatch, "groups")
+        assert choice.choose(g, weight.shape, mx.float32)[0] == "volume"
+        ordered = gpu.in_mlx_order(mx.ones((4, 2, 3, 3, 3)), False, 2)
+        assert strides(ordered) == strides(gpu.in_mlx_order(mx.ones((4, 2, 3, 3, 3)), False, 1))
+    shape, weight = (1, 3, 61, 67), (3, 2, 4, 4)  # of no other test
+    first, second = (conv_geometry("t", shape, weight, None, (stride,) * 2, (1, 1), (1, 1), 1, (0, 0))
+                     for stride in (2, 3))
+    assert gpu._has_graph_to_itself(shape, weight, mx.float32, first)
+    assert not gpu._has_graph_to_itself(shape, weight, mx.float32, second)
+    mended(monkeypatch, "graphs")
+    assert gpu._has_graph_to_itself(shape, weight, mx.float32, second)
+    large = record.Call(replace(first, output_shape=(1, 2, 2**16, 2**16)), weight, mx.float32)
+    assert not large.can_be_counted
+    mended(monkeypatch, "counts")
+    assert large.can_be_counted
 
 
 # Measured --------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from .native import (
-    NATIVE, has_tensor_products, is_in_winograds_range, swap_channels)
+    NATIVE, is_in_winograds_range, loses_digits_in_float32, swap_channels)
 from .overlap import OVERLAP_ADD, PHASES, overlap_add
-from .record import Algorithm, Call, Case, backend
+from .record import TRAPS, Algorithm, Call, Case, backend
 from .tiles import held_in_tiles
 from .weights import PATCHES, PRODUCT, SWAPPED
 from ..geometry import Geometry
@@ -61,6 +61,7 @@ def _first_stride(*key): return []  # filled by the first call; MLX keeps 128 gr
 
 def _has_graph_to_itself(shape, weight_shape, dtype, g):
     "Whether no other stride was seen with all that CUDA's graphs are looked up by."
+    if not TRAPS["graphs"].holds(): return True
     first = _first_stride(shape, weight_shape, dtype, g.padding, g.dilation, g.output_padding,
                           g.channels_last)
     if not first: first.append(g.stride)
@@ -70,34 +71,41 @@ def _has_graph_to_itself(shape, weight_shape, dtype, g):
 def volume(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
-    g: Geometry,  # of a convolution over three axes, in one group
+    g: Geometry,  # of a convolution over three axes; in one group, while MLX has no others
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "One `mx.conv_general` over three axes."
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
     padding = g.padding
     if len(x) == 1 and g.stride[0] == g.dilation[0] == 1:
         x, padding = pad_axes(x, {1: padding[0]}), ((0, 0), *padding[1:])
-    y = mx.conv_general(x, mx.moveaxis(w, 1, -1), g.stride, tuple(zip(*padding)), g.dilation)
+    y = mx.conv_general(x, mx.moveaxis(w, 1, -1), g.stride, tuple(zip(*padding)), g.dilation,
+                        groups=g.groups)
     if y.shape[1:-1] != g.out: y = y[(slice(None), *map(slice, g.out))]
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
 
 # %% ../../nbs/algorithms/gpu.ipynb #88c39eca
 def _has_planes_for_winograd(call):
     g = call.g
-    if call.backend != "metal" or call.is_half or has_tensor_products(): return False
+    if call.backend != "metal" or call.is_half or loses_digits_in_float32(): return False
     if g.output_shape[0] == 1: return False
     places = g.output_shape[0] * call.n_places
     return is_in_winograds_range(g.kernel_size[1:], g.stride[1:], g.dilation[1:],
                                  call.weight_shape[:2], places)
 
 # %% ../../nbs/algorithms/gpu.ipynb #037fd826
-def _takes_mlx(call): return (NATIVE.is_defined(call) or call.is_half) and call.g.groups == 1
+def _takes_mlx(call): return NATIVE.is_defined(call) or call.is_half
 
-SPREAD = Algorithm("spread", spread, lambda call: _takes_mlx(call) and call.g.transposed,
-                   lambda call: inf, held_in_tiles(lambda call: 0),
+def _can_spread(call): return _takes_mlx(call) and call.g.transposed and call.g.groups == 1
+
+def _is_volume(call): return _takes_mlx(call) and call.axes == 3 and not call.g.transposed
+
+def _goes_by_depth(groups): return groups > 1 and TRAPS["groups"].holds()
+
+SPREAD = Algorithm("spread", spread, _can_spread, lambda call: inf, held_in_tiles(lambda call: 0),
                    "MLX spreads the input by the stride")
-VOLUME = Algorithm("volume", volume, lambda call: _takes_mlx(call) and call.axes == 3
-                   and not call.g.transposed, lambda call: inf, held_in_tiles(lambda call: 0),
+VOLUME = Algorithm("volume", volume,
+                   lambda call: _is_volume(call) and not _goes_by_depth(call.g.groups),
+                   lambda call: inf, held_in_tiles(lambda call: 0),
                    "one convolution over three axes")
 
 # %% ../../nbs/algorithms/gpu.ipynb #79225c36
@@ -262,8 +270,9 @@ def in_mlx_order(
     "A weight that lies in memory as GPUs read it."
     if w.ndim < 3 or w.dtype not in _READ_BY_MLX or transposed and groups > 1: return w
     axes = range(2, w.ndim)
+    by_depth = _goes_by_depth(groups) and len(axes) == 3 and w.dtype == mx.float32
     if transposed: order = 1, *axes, 0
-    elif groups > 1 and len(axes) == 3 and w.dtype == mx.float32: order = 2, 0, 3, 4, 1  # by planes
+    elif by_depth: order = 2, 0, 3, 4, 1
     else: order = 0, *axes, 1
     w = w.transpose(order)
     w = mx.flatten(w).reshape(w.shape)  # in one run; MLX can't export `mx.contiguous`
