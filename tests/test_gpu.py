@@ -263,6 +263,29 @@ def test_weights_that_are_copied_all_the_same(backend):
 
 
 @pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
+@pytest.mark.parametrize("name", {**DENSE, **IN_EVALUATION})
+def test_the_workspace_that_explain_states(backend, name, last):
+    "At least what is copied, and at most some copies of the arrays where MLX has a kernel."
+    layer, x = layer_of({**DENSE, **IN_EVALUATION}[name], last)
+    copied = gpu.counted(layer, x).nbytes
+    run = fc.explain(layer, x.shape)[0]
+    assert run.workspace >= copied
+    if run.algorithm != "matmul": assert run.workspace <= run.bytes + layer.weight.nbytes
+
+
+def test_channels_that_metal_has_no_kernel_for():
+    "It writes columns, and so does Winograd's transform."
+    def stated(*args, **kw): return fc.explain(fc.Conv2d(*args, 3, **kw), (1, args[0], 66, 66))[0]
+    with as_on("metal"):
+        for channels, groups, is_even in ((64, 4, True), (24, 4, False), (96, 48, True)):
+            run = stated(channels, channels, groups=groups)
+            columns = channels * 9 * 64 * 64 * 4
+            assert (run.workspace < columns) is is_even
+        assert stated(128, 128).workspace > 2 * stated(128, 128).bytes > stated(96, 96).workspace
+    with as_on("cuda"): assert stated(24, 24, groups=4).workspace < stated(24, 24, groups=4).bytes
+
+
+@pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
 def test_a_network_copies_its_input(backend, last):
     "Convolutions and activations, one after the other, in evaluation."
     layout = {"data_format": "channels_last"} if last else {}

@@ -20,10 +20,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from .native import (
-    NATIVE, is_in_winograds_range, loses_digits_in_float32, swap_channels)
+    NATIVE, copied_on_gpu, is_in_winograds_range, loses_digits_in_float32, swap_channels)
 from .overlap import OVERLAP_ADD, PHASES, overlap_add
 from .record import TRAPS, Algorithm, Call, Case, backend
-from .tiles import held_in_tiles
 from .weights import PATCHES, PRODUCT, SWAPPED
 from ..geometry import Geometry
 from ..padding import pad_axes
@@ -101,12 +100,11 @@ def _is_volume(call): return _takes_mlx(call) and call.axes == 3 and not call.g.
 
 def _goes_by_depth(groups): return groups > 1 and TRAPS["groups"].holds()
 
-SPREAD = Algorithm("spread", spread, _can_spread, lambda call: inf, held_in_tiles(lambda call: 0),
+SPREAD = Algorithm("spread", spread, _can_spread, lambda call: inf, copied_on_gpu,
                    "MLX spreads the input by the stride")
 VOLUME = Algorithm("volume", volume,
                    lambda call: _is_volume(call) and not _goes_by_depth(call.g.groups),
-                   lambda call: inf, held_in_tiles(lambda call: 0),
-                   "one convolution over three axes")
+                   lambda call: inf, copied_on_gpu, "one convolution over three axes")
 
 # %% ../../nbs/algorithms/gpu.ipynb #79225c36
 def _is_spread(call):

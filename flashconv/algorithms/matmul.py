@@ -114,6 +114,7 @@ def _values(call):  # those of a step along one axis come before the rest
     return call.seen * min(call.axes, 2) if call.n_taps > 1 else 0
 
 def _held(call, arrays):
+    if call.is_pointwise: return call.seen * call.dtype.size if call.is_strided else 0
     sums = 6 * prod(call.g.output_shape) * max(4, call.dtype.size)  # of the parts under way
     return held_in_tiles(_values)(call, arrays) + sums * (max(call.g.kernel_size) > LONG)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NATIVE', 'swap_channels', 'as_convolution', 'is_in_winograds_range', 'has_tensor_products', 'loses_digits_in_float32',
-           'loses_digits_by_winograd', 'native']
+           'loses_digits_by_winograd', 'native', 'copied_on_gpu']
 
 # %% ../../nbs/algorithms/native.ipynb #a2bc15af
 from dataclasses import replace
@@ -13,7 +13,7 @@ from math import inf, prod
 
 import mlx.core as mx
 
-from .record import A_STEP, TRAPS, Algorithm, backend
+from .record import A_STEP, TRAPS, Algorithm, Call, backend
 from .taps import added
 from .tiles import held_in_tiles, in_tiles, whole_bytes
 from ..dilation import insert_zeros
@@ -168,6 +168,42 @@ def _cost(call):
     copied = (_COLUMN * call.seen if call.n_taps > 1 else 0) + weights + _REORDERED * moved
     return products + copied + A_STEP
 
+# %% ../../nbs/algorithms/native.ipynb #7e4d7761
+def copied_on_gpu(
+    call: Call,  # in one convolution of MLX's
+    arrays: int,  # bytes of input, weight and output
+) -> int:  # bytes
+    "What a GPU's kernels are given as copies, at most: weight and input, or the weight alone."
+    weight, output = (prod(shape) * call.dtype.size
+                      for shape in (call.weight_shape, call.g.output_shape))
+    is_padded_first = call.axes != 2 and call.is_padded
+    return weight if call.g.channels_last and not is_padded_first else arrays - output
+
+# %% ../../nbs/algorithms/native.ipynb #f5e32d15
+_EVEN = 16  # channels of which Metal's kernels take multiples
+_FEW_INPUTS, _FEW_OUTPUTS = 4, 16  # channels that they take as they are
+
+def _is_unfolded(call):
+    "Whether Metal writes columns, since it has no kernel for so many channels in a group."
+    g, (outputs, inputs) = call.g, call.weight_shape[:2]
+    if call.backend != "metal" or g.groups == 1: return False
+    outputs //= g.groups
+    return (inputs > _FEW_INPUTS and inputs % _EVEN > 0
+            or outputs > _FEW_OUTPUTS and outputs % _EVEN > 0)
+
+def _is_transformed(call):
+    "Whether Metal would take Winograd's transform, unless it is avoided."
+    g = call.g
+    return (call.backend == "metal" and call.axes == 2 and g.groups == 1
+            and is_in_winograds_range(g.kernel_size, g.stride, g.dilation, call.weight_shape[:2],
+                                      g.output_shape[0] * call.n_places))
+
+def _held(call, arrays):
+    if not call.on_gpu: return held_in_tiles(lambda call: call.seen)(call, arrays)
+    if call.axes == 3: return 3 * arrays  # planes, and sums of their results
+    held = copied_on_gpu(call, arrays) + 2 * arrays * _is_transformed(call)
+    return held + call.seen * call.dtype.size * _is_unfolded(call)
+
 # %% ../../nbs/algorithms/native.ipynb #b55f191c
-NATIVE = Algorithm("native", native, _is_defined, _cost, held_in_tiles(lambda call: call.seen),
+NATIVE = Algorithm("native", native, _is_defined, _cost, _held,
                    "the fewest copies, in one operation")
