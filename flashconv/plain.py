@@ -167,7 +167,8 @@ def convolve_plainly(
     _check(x, g, stride)
     dtype = mx.float32 if len(stride) == 3 and x.dtype in _HALF else x.dtype
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
-    w, run = _in_one_run(w), _transposed if g.transposed else _forward
+    w = _in_one_run(w)
+    run = _transposed if g.transposed else _forward
     y = run(x.astype(dtype), w.astype(dtype), g, stride).astype(w.dtype)
     if bias is not None: y = y + bias
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
