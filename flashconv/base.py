@@ -16,6 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from fastcore.basics import patch
 
+from .algorithms.gpu import in_mlx_order
+from .algorithms.record import backend
 from .arguments import (
     PADDINGS, as_int, as_ints, as_pairs, as_tuple, is_channels_last, is_one_of, is_paired)
 from .arithmetic import _STRIDED_SAME, fixed_pair, same_upper_padding
@@ -194,6 +196,23 @@ def extra_repr(self: _ConvNd) -> str:
 @patch
 def _extra_repr(self: _ConvNd): return self.extra_repr()
 
+# %% ../nbs/04_base.ipynb #fa5a69da
+@patch
+def _in_order(self: _ConvNd, weight):
+    "A weight in the memory order in which this layer reads it in its mode."
+    if self.training or type(weight) is not mx.array: return weight
+    with self._on_device():
+        if backend() == "cpu": return weight
+        return in_mlx_order(weight, self.transposed, self.groups)
+
+@patch
+def _set_training_mode(self: _ConvNd, mode):
+    "Go into training, or into evaluation with the weight in order."
+    super(_ConvNd, self)._set_training_mode(mode)
+    weight = dict.get(self, "weight")
+    ordered = self._in_order(weight)
+    if ordered is not weight: self["weight"] = ordered
+
 # %% ../nbs/04_base.ipynb #2f62ec47
 class _Place(NamedTuple):
     "Where a model keeps an array."
@@ -265,8 +284,10 @@ def _move(array, source, destination):
 
 def _to_place(array, place):
     "An array in PyTorch's layout, in that of its place; of a layer in shards, this process's part."
-    if hasattr(place.layer, "_part_of"): return place.layer._part_of(place.key, array)
-    axis = _moved(place)
+    layer, axis = place.layer, _moved(place)
+    if hasattr(layer, "_part_of"): array = layer._part_of(place.key, array)
+    if place.holder is layer and place.key == "weight" and isinstance(layer, _ConvNd):
+        return layer._in_order(array)
     return array if axis is None else _move(array, axis, -1)
 
 def _from_place(place):

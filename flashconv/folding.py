@@ -195,6 +195,7 @@ def fold_batch_norm(
     before = [(layer, layer.weight, layer.bias, spot) for layer, spot, *_ in changes]
     for layer, spot, weight, bias in changes:
         layer.weight, layer.bias, spot.holder[spot.key] = weight, bias, nn.Identity().eval()
+        layer.train(layer.training)  # which puts the weight in order
     if inputs and not _are_close(model(*inputs), outputs):
         for layer, weight, bias, spot in before:
             layer.weight, spot.holder[spot.key] = weight, spot.module

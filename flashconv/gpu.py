@@ -81,7 +81,8 @@ LAYERS += (
     Layer("3x3x3 g2, 32 @8x28x28", (32, 32), (8, 28, 28), (3, 3, 3), 1, 1, 2),
     Layer("transposed 3d k2 s2, 32->16 @8x14x14", (32, 16), (8, 14, 14), (2, 2, 2), 2, 0, 1, True),
 )
-_BATCHES, _DTYPES = (1, 16), (mx.float32, mx.float16)
+_BATCHES = {"gpu": (1, 16), "cpu": (1, 2)}  # a CPU is there to try it out
+_DTYPES = mx.float32, mx.float16
 
 # %% ../nbs/31_gpu.ipynb #d938be10
 _ALLOWED = 64  # roundings of the sum of absolute values
@@ -238,7 +239,8 @@ def main(
         return "MLX has no GPU here. --device cpu tries the command out."
     layers = [layer for layer in LAYERS if given.layers in layer.name]
     if not layers: return f"no layer is called {given.layers!r}; there are {_names()}"
-    cases = [*product(layers, _BATCHES, (False, True), _DTYPES, (False, True))]
+    batches = _BATCHES[given.device]
+    cases = [*product(layers, batches, (False, True), _DTYPES, (False, True))]
     with mx.stream(getattr(mx, given.device)), as_on(_followed(given.device)):
         print(report(_measured(cases, given.seconds)))
     return 0

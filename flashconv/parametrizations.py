@@ -244,7 +244,7 @@ def _remove(module, name, kind, what):
     dict.clear(module)
     dict.update(module, items)
     _thaw(module, name)
-    return module
+    return module.train(module.training)  # which puts the weight in order
 
 def _thaw(module, name):
     "Have a plain parameter frozen if all that it was computed from was."

@@ -143,6 +143,16 @@ def _transposed(x, w, g, stride):
         if any(rest): y = _padded(y, axis, *rest, "constant", 0)
     return y
 
+# %% ../nbs/18_plain.ipynb #177cc0b0
+def _in_one_run(w):
+    "A weight whose memory lies as its shape says, if it is known already."
+    try: is_in_one_run = memoryview(w).c_contiguous
+    except ValueError: return w  # MLX is tracing it, so it is no constant
+    if is_in_one_run: return w
+    w = mx.contiguous(w)
+    mx.eval(w)
+    return w
+
 # %% ../nbs/18_plain.ipynb #5cb1f575
 _DTYPES, _HALF = (mx.float32, mx.float16, mx.bfloat16), (mx.float16, mx.bfloat16)
 
@@ -157,6 +167,7 @@ def convolve_plainly(
     _check(x, g, stride)
     dtype = mx.float32 if len(stride) == 3 and x.dtype in _HALF else x.dtype
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
+    w = _in_one_run(w)
     run = _transposed if g.transposed else _forward
     y = run(x.astype(dtype), w.astype(dtype), g, stride).astype(w.dtype)
     if bias is not None: y = y + bias

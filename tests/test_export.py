@@ -257,6 +257,21 @@ def test_wherever_mlx_compiles_we_do(name):
     assert mx.allclose(f(other), g(other), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ("Conv2d", "ConvTranspose2d"))
+def test_weights_with_other_strides(tmp_path, kind):
+    "MLX writes the memory of constants as it lies; what came from `mlx.nn` lies channels last."
+    model = fc.upgrade(nn.Sequential(getattr(nn, kind)(3, 4, 3)))
+    x = mx.random.normal((2, 9, 8, 3))
+    y = model(x)
+    mx.eval(y)
+    assert mx.allclose(exported(model, tmp_path, x)(x), y, atol=1e-5)
+    each = mx.vmap(plainly(lambda x: model(x[None])[0]))
+    for traced in (mx.compile(plainly(model)), each): assert mx.allclose(traced(x), y, atol=1e-5)
+    def loss(w): return functional.conv2d(mx.ones((1, 4, 5, 5)), w).sum()
+    gradient = mx.grad(plainly(loss))(mx.moveaxis(mx.ones((4, 3, 3, 4)), -1, 1))
+    assert gradient.shape == (4, 4, 3, 3) and mx.all(gradient == 9)
+
+
 def test_a_device_of_its_own(tmp_path):
     "The layer's device is no obstacle."
     layer = fc.Conv1d(2, 3, 3, device=mx.Device(mx.cpu))

@@ -1,13 +1,18 @@
 """The rule for GPUs, on a machine without one: its numbers, computed on the CPU, and what it launches."""
+import copy
 import json
+import pickle
 from contextlib import ExitStack
+from dataclasses import replace
 
 import flashconv as fc
 import flashconv.functional as F
 import flashconv.gpu
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
-from flashconv.algorithms import choice, derivatives, gpu, native
+from flashconv.algorithms import choice, derivatives, gpu, native, record
 from flashconv.algorithms.native import as_convolution
 from flashconv.algorithms.record import as_on
 from flashconv.geometry import conv_geometry
@@ -75,6 +80,7 @@ DENSE = {  # channels in and out, size, kernel, then numbers of the call
     "stem": (3, 64, (56, 56), (7, 7), {"padding": 3, "stride": 2}),
     "1d": (64, 32, (100,), (5,), {"padding": 2}),
     "1d strided": (64, 32, (100,), (5,), {"padding": 2, "stride": 4}),
+    "one place": (64, 96, (5, 4), (5, 4), {}),
     "transposed k4 s2": (64, 32, (20, 20), (4, 4), {"padding": 1, "stride": 2, "transposed": True}),
     "transposed k3 s2 and more": (64, 32, (20, 20), (3, 3), {
         "padding": 1, "stride": 2, "transposed": True, "output_padding": 1}),
@@ -194,6 +200,188 @@ def test_a_chain_keeps_its_layout(backend):
     assert counts.copies == 2 and counts.nbytes == 2 * w.nbytes
 
 
+# Weights in order -------------------------------------------------------------------------------
+
+IN_EVALUATION = {
+    **{name: DENSE[name] for name in DENSE if name not in ("1x1 strided", "transposed 3x3")},
+    "grouped 1d": (64, 32, (100,), (5,), {"padding": 2, "groups": 4}),
+    "grouped 2d": (64, 32, (20, 20), (3, 3), {"padding": 1, "stride": 2, "groups": 4}),
+    "depthwise": (64, 64, (20, 20), (3, 3), {"padding": 1, "groups": 64}),
+    "3d": (32, 48, (5, 9, 9), (3, 3, 3), {"padding": 1, "stride": 2})}
+GROUPED_VOLUME = (64, 32, (5, 9, 9), (3, 3, 3), {"padding": 1, "groups": 4})
+
+
+def layer_of(row, last=False, dtype=mx.float32):
+    "A layer, and an input for it."
+    channels, outputs, size, kernel, kw = row
+    kw = dict(kw, dtype=dtype, data_format=("channels_first", "channels_last")[last])
+    kind = "ConvTranspose" if kw.pop("transposed", False) else "Conv"
+    layer = getattr(fc, f"{kind}{len(size)}d")(channels, outputs, kernel, **kw)
+    mx.eval(layer.parameters())
+    return layer, mx.random.normal((8, *size, channels) if last else (8, channels, *size), dtype)
+
+
+def before_and_after(layer, x):
+    "What a layer launches and copies in training and in evaluation."
+    before = gpu.counted(layer, x)
+    mx.eval(layer.eval().parameters())
+    after = gpu.counted(layer, x)
+    assert after.kernels == before.kernels
+    return before, after
+
+
+def strides(array): return gpu._as_it_lies(array).strides
+
+
+@pytest.mark.parametrize("dtype", (mx.float32, mx.float16, mx.bfloat16), ids=str)
+@pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
+@pytest.mark.parametrize("name", IN_EVALUATION)
+def test_evaluation_copies_no_weight(backend, name, last, dtype):
+    "Channels last nothing is copied, and channels first the input at most."
+    layer, x = layer_of(IN_EVALUATION[name], last, dtype)
+    before, after = before_and_after(layer, x)
+    assert (after.copies, after.nbytes) == ((1, x.nbytes) if before.copies and not last else (0, 0))
+
+
+@pytest.mark.parametrize("dtype", (mx.float32, mx.float16), ids=str)
+def test_grouped_volumes_copy_no_weight(backend, dtype):
+    "Plane by plane, or with all windows in halves."
+    layer, x = layer_of(GROUPED_VOLUME, True, dtype)
+    before, after = before_and_after(layer, x)
+    assert before.nbytes - after.nbytes == layer.weight.nbytes
+
+
+def test_weights_that_are_copied_all_the_same(backend):
+    "A kernel that is flipped, and one of which each phase takes some taps."
+    flipped, x = layer_of(DENSE["transposed 3x3"], True)
+    before, after = before_and_after(flipped, x)
+    assert before == after and after.nbytes == flipped.weight.nbytes
+    phases, x = layer_of((64, 32, (9, 9), (4, 4), {"stride": 2, "transposed": True, "groups": 4}))
+    weight = phases.weight
+    before, after = before_and_after(phases, x)
+    assert before == after and phases.weight is weight
+
+
+@pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
+@pytest.mark.parametrize("name", {**DENSE, **IN_EVALUATION})
+def test_the_workspace_that_explain_states(backend, name, last):
+    "At least what is copied, and at most some copies of the arrays where MLX has a kernel."
+    layer, x = layer_of({**DENSE, **IN_EVALUATION}[name], last)
+    copied = gpu.counted(layer, x).nbytes
+    run = fc.explain(layer, x.shape)[0]
+    assert run.workspace >= copied
+    if run.algorithm != "matmul": assert run.workspace <= run.bytes + layer.weight.nbytes
+
+
+def test_channels_that_metal_has_no_kernel_for():
+    "It writes columns, and so does Winograd's transform."
+    def stated(*args, **kw): return fc.explain(fc.Conv2d(*args, 3, **kw), (1, args[0], 66, 66))[0]
+    with as_on("metal"):
+        for channels, groups, is_even in ((64, 4, True), (24, 4, False), (96, 48, True)):
+            run = stated(channels, channels, groups=groups)
+            columns = channels * 9 * 64 * 64 * 4
+            assert (run.workspace < columns) is is_even
+        assert stated(128, 128).workspace > 2 * stated(128, 128).bytes > stated(96, 96).workspace
+    with as_on("cuda"): assert stated(24, 24, groups=4).workspace < stated(24, 24, groups=4).bytes
+
+
+@pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
+def test_a_network_copies_its_input(backend, last):
+    "Convolutions and activations, one after the other, in evaluation."
+    layout = {"data_format": "channels_last"} if last else {}
+    model = nn.Sequential(fc.Conv2d(16, 32, 3, padding=1, **layout), nn.ReLU(),
+                          fc.Conv2d(32, 32, 3, 2, groups=4, **layout), nn.ReLU(),
+                          fc.ConvTranspose2d(32, 16, 4, 2, **layout), nn.ReLU(),
+                          fc.Conv2d(16, 8, 3, **layout))
+    mx.eval(model.eval().parameters())
+    x = mx.zeros((8, 20, 20, 16) if last else (8, 16, 20, 20))
+    counts = gpu.counted(model, x)
+    assert (counts.copies, counts.nbytes) == ((0, 0) if last else (1, x.nbytes))
+
+
+@pytest.mark.parametrize("name", ("3x3", "transposed k4 s2", "grouped 1d", "3d"))
+def test_a_weight_in_order_is_the_same_weight(backend, name, tmp_path):
+    "Values, gradients, files, copies, pickles, other dtypes, compiled calls."
+    layer, x = layer_of(IN_EVALUATION[name])
+    weight, y = layer.weight, layer(x)
+    def loss(layer): return layer(x).square().sum()
+    gradient = nn.value_and_grad(layer, loss)(layer)[1]["weight"]
+    layer.eval()
+    assert mx.array_equal(layer.weight, weight) and strides(layer.weight) != strides(weight)
+    assert mx.allclose(layer(x), y, atol=1e-5)
+    assert mx.allclose(nn.value_and_grad(layer, loss)(layer)[1]["weight"], gradient, rtol=1e-3)
+    assert mx.allclose(mx.compile(layer)(x), y, atol=1e-5)
+    layer.save_weights(str(tmp_path / "layer.safetensors"))
+    assert mx.array_equal(mx.load(str(tmp_path / "layer.safetensors"))["weight"], weight)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)).eval()):
+        assert mx.array_equal(twin.weight, weight) and strides(twin.weight) == strides(layer.weight)
+    assert np.array_equal(flashconv.to_torch_state(layer)["weight"], np.array(weight))
+    before = strides(layer.weight)
+    layer.set_dtype(mx.float16)
+    assert strides(layer.weight) == tuple(n // 2 for n in before)
+    assert mx.array_equal(layer.weight, weight.astype(mx.float16))
+
+
+def test_a_weight_in_order_can_be_exported(backend, tmp_path):
+    "Whether it is computed yet or not."
+    layer, x = layer_of(DENSE["3x3"])
+    y, file = layer(x), str(tmp_path / "layer.mlxfn")
+    for _ in range(2):
+        with fc.plain_operations(): mx.export_function(file, lambda x: layer.eval()(x), x)
+        assert mx.allclose(mx.import_function(file)(x)[0], y, atol=1e-5)
+        mx.eval(layer.parameters())
+
+
+def test_evaluation_twice_copies_once(backend):
+    "What lies in order stays where it is, in training as well."
+    layer = layer_of(DENSE["3x3"])[0].eval()
+    address = gpu._as_it_lies(layer.weight).ctypes.data
+    layer.train().eval()
+    assert gpu._as_it_lies(layer.weight).ctypes.data == address
+
+
+def test_states_loaded_in_evaluation(backend, tmp_path):
+    "flashconv's functions put them in order, and so does `eval()` after MLX's."
+    layer, other = layer_of(DENSE["3x3"])[0].eval(), layer_of(DENSE["3x3"])[0]
+    lies = strides(layer.weight)
+    layer.load_state_dict(other.state_dict())
+    assert strides(layer.weight) == lies and mx.array_equal(layer.weight, other.weight)
+    flashconv.load_torch_state(nn.Sequential(layer), {"0.weight": other.weight, "0.bias": other.bias})
+    assert strides(layer.weight) == lies
+    layer.load_weights([("weight", other.weight), ("bias", other.bias)])
+    assert strides(layer.weight) != lies
+    layer.eval()
+    assert strides(layer.weight) == lies
+
+
+def test_layers_whose_weight_comes_later(backend):
+    "Lazy ones wait, and those with a norm compute it; both may lie in order afterwards."
+    lazy = fc.LazyConv2d(8, 3).eval()
+    lazy(mx.zeros((1, 4, 5, 5)))
+    assert strides(lazy.eval().weight) == (4 * 36, 4, 4 * 12, 4 * 4)
+    normed = flashconv.weight_norm(fc.Conv2d(4, 8, 3)).eval()
+    assert normed(mx.zeros((1, 4, 5, 5))).shape == (1, 8, 3, 3)
+    assert strides(flashconv.fold_weight_norm(normed).weight) == strides(lazy.weight)
+    model = nn.Sequential(fc.Conv2d(4, 8, 3, data_format="channels_last"), nn.BatchNorm(8)).eval()
+    model = flashconv.fold_batch_norm(model)
+    assert strides(model.layers[0].weight) == strides(lazy.weight)
+
+
+@pytest.mark.parametrize("dtype", (mx.complex64, mx.float64))
+def test_weights_that_mlx_does_not_convolve(backend, dtype):
+    "They stay as they are."
+    with mx.stream(mx.cpu): layer = fc.Conv2d(2, 2, 3, dtype=dtype)
+    weight = layer.weight
+    assert layer.eval().weight is weight
+
+
+def test_weights_on_a_cpu():
+    "They stay as they are, also where the layer is on the CPU and the model isn't."
+    with mx.stream(mx.cpu): layer = fc.Conv2d(2, 2, 3)
+    weight = layer.weight
+    with mx.stream(mx.cpu): assert layer.eval().weight is weight
+
+
 # Hazards ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", (mx.float32, mx.float16, mx.bfloat16), ids=str)
@@ -241,6 +429,65 @@ def test_two_strides_in_one_process():
             mx.export_function(graphs.append, run, x, w)
     spreads = [step["arguments"][4] for step in graphs if step.get("name") == "Convolution"]
     assert spreads == [[2, 2], [2, 2]]  # the one between is composed of products
+
+
+def mended(monkeypatch, name):
+    "As if the installed MLX had mended a trap."
+    monkeypatch.setitem(record.TRAPS, name, record.TRAPS[name]._replace(until=mx.__version__))
+    choice._rule.cache_clear()
+
+
+@pytest.mark.parametrize("installed, since, until, holds", (
+    ("0.32.4", "0.30.0", None, True), ("0.32.4", "0.32.4", None, True),
+    ("0.32.4", "0.33", None, False), ("0.32.4", "0.9.0", "0.32.5", True),
+    ("0.32.4", "0.9.0", "0.32.4", False), ("0.100.0", "0.9.0", "0.99", False),
+    ("1.0.0", "0.9.0", None, True), ("0.33.0.dev20261128+abc1234", "0.9.0", "0.33.0", False)))
+def test_versions_of_a_trap(monkeypatch, installed, since, until, holds):
+    "A version that nobody has read is assumed to have it."
+    monkeypatch.setattr(mx, "__version__", installed)
+    assert record.Trap("all", "", "", since, until).holds() is holds
+
+
+def test_traps_that_a_cpu_shows():
+    "Once one of these fails, the version of MLX that mends it belongs into `TRAPS`."
+    with mx.stream(mx.cpu):
+        cropped = mx.conv_general(mx.ones((1, 4, 1)), mx.ones((1, 1, 1)), padding=([-1], [-1]),
+                                  input_dilation=2, flip=True)
+        assert (cropped.shape != (1, 5, 1)) is record.TRAPS["negative padding"].holds()
+        try: mx.conv3d(mx.ones((1, 3, 3, 3, 4)), mx.ones((4, 3, 3, 3, 2)), groups=2)
+        except ValueError: is_refused = True
+        else: is_refused = False
+        assert is_refused is record.TRAPS["groups"].holds()
+
+
+def test_nothing_is_avoided_that_is_mended(monkeypatch):
+    "Each condition asks whether its trap holds."
+    x, w, g = geometry((128, 128, (64, 64), (3, 3), {"padding": 1}), 1, True)
+    def avoids(dtype): return native.loses_digits_by_winograd(g, (128, 3, 3, 128), 1, dtype)
+    with as_on("metal"):
+        monkeypatch.setattr(native, "has_tensor_products", lambda: True)
+        assert avoids(mx.float32) and avoids(mx.float16)
+        mended(monkeypatch, "winograd in halves")
+        assert avoids(mx.float32) and not avoids(mx.float16)
+        mended(monkeypatch, "winograd in float32")
+        assert not avoids(mx.float32)
+        _, weight, g = geometry((4, 6, (5, 9, 9), (3, 3, 3), {"padding": 1}), 2, True, groups=2)
+        assert choice.choose(g, weight.shape, mx.float32)[0] == "native"
+        mended(monkeypatch, "groups")
+        assert choice.choose(g, weight.shape, mx.float32)[0] == "volume"
+        ordered = gpu.in_mlx_order(mx.ones((4, 2, 3, 3, 3)), False, 2)
+        assert strides(ordered) == strides(gpu.in_mlx_order(mx.ones((4, 2, 3, 3, 3)), False, 1))
+    shape, weight = (1, 3, 61, 67), (3, 2, 4, 4)  # of no other test
+    first, second = (conv_geometry("t", shape, weight, None, (stride,) * 2, (1, 1), (1, 1), 1, (0, 0))
+                     for stride in (2, 3))
+    assert gpu._has_graph_to_itself(shape, weight, mx.float32, first)
+    assert not gpu._has_graph_to_itself(shape, weight, mx.float32, second)
+    mended(monkeypatch, "graphs")
+    assert gpu._has_graph_to_itself(shape, weight, mx.float32, second)
+    large = record.Call(replace(first, output_shape=(1, 2, 2**16, 2**16)), weight, mx.float32)
+    assert not large.can_be_counted
+    mended(monkeypatch, "counts")
+    assert large.can_be_counted
 
 
 # Measured --------------------------------------------------------------------------------------

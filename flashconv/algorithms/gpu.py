@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPREAD', 'VOLUME', 'ON_GPUS', 'ON_GPUS_FOR_WEIGHTS', 'spread', 'volume', 'kind_of', 'winners_file', 'measured',
-           'Counts', 'counted']
+           'Counts', 'counted', 'in_mlx_order']
 
 # %% ../../nbs/algorithms/gpu.ipynb #73829238
 import json
@@ -20,10 +20,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from .native import (
-    NATIVE, has_tensor_products, is_in_winograds_range, swap_channels)
+    NATIVE, copied_on_gpu, is_in_winograds_range, loses_digits_in_float32, swap_channels)
 from .overlap import OVERLAP_ADD, PHASES, overlap_add
-from .record import Algorithm, Call, Case, backend
-from .tiles import held_in_tiles
+from .record import TRAPS, Algorithm, Call, Case, backend
 from .weights import PATCHES, PRODUCT, SWAPPED
 from ..geometry import Geometry
 from ..padding import pad_axes
@@ -61,6 +60,7 @@ def _first_stride(*key): return []  # filled by the first call; MLX keeps 128 gr
 
 def _has_graph_to_itself(shape, weight_shape, dtype, g):
     "Whether no other stride was seen with all that CUDA's graphs are looked up by."
+    if not TRAPS["graphs"].holds(): return True
     first = _first_stride(shape, weight_shape, dtype, g.padding, g.dilation, g.output_padding,
                           g.channels_last)
     if not first: first.append(g.stride)
@@ -70,35 +70,41 @@ def _has_graph_to_itself(shape, weight_shape, dtype, g):
 def volume(
     x: mx.array,  # (N, C, *spatial), or (N, *spatial, C) where the geometry says so
     w: mx.array,  # PyTorch's weight
-    g: Geometry,  # of a convolution over three axes, in one group
+    g: Geometry,  # of a convolution over three axes; in one group, while MLX has no others
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "One `mx.conv_general` over three axes."
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
     padding = g.padding
     if len(x) == 1 and g.stride[0] == g.dilation[0] == 1:
         x, padding = pad_axes(x, {1: padding[0]}), ((0, 0), *padding[1:])
-    y = mx.conv_general(x, mx.moveaxis(w, 1, -1), g.stride, tuple(zip(*padding)), g.dilation)
+    y = mx.conv_general(x, mx.moveaxis(w, 1, -1), g.stride, tuple(zip(*padding)), g.dilation,
+                        groups=g.groups)
     if y.shape[1:-1] != g.out: y = y[(slice(None), *map(slice, g.out))]
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
 
 # %% ../../nbs/algorithms/gpu.ipynb #88c39eca
 def _has_planes_for_winograd(call):
     g = call.g
-    if call.backend != "metal" or call.is_half or has_tensor_products(): return False
+    if call.backend != "metal" or call.is_half or loses_digits_in_float32(): return False
     if g.output_shape[0] == 1: return False
     places = g.output_shape[0] * call.n_places
     return is_in_winograds_range(g.kernel_size[1:], g.stride[1:], g.dilation[1:],
                                  call.weight_shape[:2], places)
 
 # %% ../../nbs/algorithms/gpu.ipynb #037fd826
-def _takes_mlx(call): return (NATIVE.is_defined(call) or call.is_half) and call.g.groups == 1
+def _takes_mlx(call): return NATIVE.is_defined(call) or call.is_half
 
-SPREAD = Algorithm("spread", spread, lambda call: _takes_mlx(call) and call.g.transposed,
-                   lambda call: inf, held_in_tiles(lambda call: 0),
+def _can_spread(call): return _takes_mlx(call) and call.g.transposed and call.g.groups == 1
+
+def _is_volume(call): return _takes_mlx(call) and call.axes == 3 and not call.g.transposed
+
+def _goes_by_depth(groups): return groups > 1 and TRAPS["groups"].holds()
+
+SPREAD = Algorithm("spread", spread, _can_spread, lambda call: inf, copied_on_gpu,
                    "MLX spreads the input by the stride")
-VOLUME = Algorithm("volume", volume, lambda call: _takes_mlx(call) and call.axes == 3
-                   and not call.g.transposed, lambda call: inf, held_in_tiles(lambda call: 0),
-                   "one convolution over three axes")
+VOLUME = Algorithm("volume", volume,
+                   lambda call: _is_volume(call) and not _goes_by_depth(call.g.groups),
+                   lambda call: inf, copied_on_gpu, "one convolution over three axes")
 
 # %% ../../nbs/algorithms/gpu.ipynb #79225c36
 def _is_spread(call):
@@ -208,21 +214,31 @@ def _new(name, inputs, shape, dtype):
         return np.empty_like(first, kind, order="K")
     return np.empty(shape, kind)
 
+# %% ../../nbs/algorithms/gpu.ipynb #77569d22
+def _without_rules(algorithm, g, may_fft): return lambda x, w: algorithm(x, w, g)
+
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # by bytes: NumPy has them all
+
+def _as_it_lies(array):
+    "The bytes of an evaluated array, with its strides."
+    return np.asarray(array.view(_UNSIGNED[array.dtype.size]))
+
 # %% ../../nbs/algorithms/gpu.ipynb #787ca643
 def counted(
-    run: Callable,  # a function of arrays that is built from MLX's operations
+    run: Callable,  # a layer or a function that is built from MLX's operations, forward
     *arrays: mx.array,  # its arguments, which are not read
 ) -> Counts:
     "What the graph of a call would launch and copy on a GPU, without running it."
     from unittest.mock import patch  # slow to import, and for this alone
 
     steps, made, count = [], {}, [0, 0, 0]
-    with patch.object(mx, "contiguous", mx.stop_gradient):  # which MLX can export
+    with (patch.object(mx, "contiguous", mx.stop_gradient),  # which MLX can export
+          patch("flashconv.algorithms.derivatives._with_rules", _without_rules)):
         mx.export_function(steps.append, run, *arrays)
     for step in steps:
         for name, shape, dtype in step["inputs"] if step["type"] == "inputs" else ():
             made[name] = np.empty(shape, f"V{dtype.size}")
-        for name, array in step.get("constants", ()): made[name] = np.empty(array.shape, "V4")
+        for name, array in step.get("constants", ()): made[name] = _as_it_lies(array)
         if step["type"] == "primitive": _replay(step, made, count)
     return Counts(*count)
 
@@ -240,3 +256,22 @@ def _replay(step, made, count):
     elif view is None: count[0] += 1
     count[1] += len(copied)
     count[2] += sum(a.size * a.itemsize for a in copied)
+
+# %% ../../nbs/algorithms/gpu.ipynb #cd939b8a
+_READ_BY_MLX = mx.float32, mx.float16, mx.bfloat16
+
+def in_mlx_order(
+    w: mx.array,  # PyTorch's weight
+    transposed: bool,  # whether it belongs to a transposed convolution
+    groups: int,  # blocks of channels that don't see each other
+) -> mx.array:  # of the same shape and values
+    "A weight that lies in memory as GPUs read it."
+    if w.ndim < 3 or w.dtype not in _READ_BY_MLX or transposed and groups > 1: return w
+    axes = range(2, w.ndim)
+    by_depth = _goes_by_depth(groups) and len(axes) == 3 and w.dtype == mx.float32
+    if transposed: order = 1, *axes, 0
+    elif by_depth: order = 2, 0, 3, 4, 1
+    else: order = 0, *axes, 1
+    w = w.transpose(order)
+    w = mx.flatten(w).reshape(w.shape)  # in one run; MLX can't export `mx.contiguous`
+    return w.transpose([order.index(axis) for axis in range(w.ndim)])

@@ -64,6 +64,16 @@ def _in_place(x, w, g):
     if g.channels_last: return x[(slice(None), *met)] @ w.T
     return (w @ mx.flatten(x[(..., *met)], 2)).reshape(g.output_shape)
 
+# %% ../../nbs/algorithms/matmul.ipynb #34103394
+def _has_one_place(g): return backend() != "cpu" and prod(g.out) == g.groups == 1
+
+def _at_one_place(x, w, g):
+    "A product of the weight with all that the kernel meets."
+    x = pad_axes(x if g.channels_last else mx.moveaxis(x, 1, -1), dict(enumerate(g.padding, 1)))
+    met = x[(slice(None), *(slice(0, span, d) for span, d in zip(g.spans, g.dilation)))]
+    y = met.reshape(len(x), -1) @ mx.moveaxis(w, 1, -1).reshape(len(w), -1).T
+    return y.reshape(g.output_shape)
+
 # %% ../../nbs/algorithms/matmul.ipynb #c73f35ec
 LONG = 64  # taps along an axis, from which on parts are runs of taps
 
@@ -76,6 +86,7 @@ def matmul(
     dtype = x.dtype
     x, w = as_products_need(x, w)
     if _is_pointwise(g) and not _shares_a_product(x, w, g): return _in_place(x, w, g).astype(dtype)
+    if _has_one_place(g): return _at_one_place(x, w, g).astype(dtype)
     size = window_bytes(g, x.shape[g.channel_axis], x.itemsize)
     if max(g.kernel_size) > LONG and size > whole_bytes():
         parts = by_taps(x, w, g, -(-size // tile_bytes(g)))
@@ -103,6 +114,7 @@ def _values(call):  # those of a step along one axis come before the rest
     return call.seen * min(call.axes, 2) if call.n_taps > 1 else 0
 
 def _held(call, arrays):
+    if call.is_pointwise: return call.seen * call.dtype.size if call.is_strided else 0
     sums = 6 * prod(call.g.output_shape) * max(4, call.dtype.size)  # of the parts under way
     return held_in_tiles(_values)(call, arrays) + sums * (max(call.g.kernel_size) > LONG)
 

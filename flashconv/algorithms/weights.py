@@ -133,8 +133,12 @@ def _is_pointwise(call): return _is_dense(call) and call.n_taps == 1 and not cal
 def _takes_mlx(call): return _is_dense(call) and call.dtype != mx.float64
 
 # %% ../../nbs/algorithms/weights.ipynb #c0c3a227
-PRODUCT = Algorithm("product", product, _is_pointwise, lambda call: inf,
-                    held_in_tiles(lambda call: 0), "a product with the input as it lies")
+def _held_by_images(call, arrays):
+    images = 1 if call.g.channels_last else call.g.output_shape[0]  # each has a product
+    return images * prod(call.weight_shape) * call.dtype.size if images > 1 else 0
+
+PRODUCT = Algorithm("product", product, _is_pointwise, lambda call: inf, _held_by_images,
+                    "a product with the input as it lies")
 
 def _held(call, arrays):
     copies = 2 * arrays * (max(call.g.kernel_size) > LONG)  # of the input that a few taps meet
@@ -143,4 +147,4 @@ def _held(call, arrays):
 PATCHES = Algorithm("patches", patches, lambda call: call.is_inexact, lambda call: inf, _held,
                     "a product with all windows")
 SWAPPED = Algorithm("swapped", swapped, _takes_mlx, lambda call: inf,
-                    held_in_tiles(lambda call: 0), "MLX's convolution knows it by its strides")
+                    lambda call, arrays: arrays, "MLX's convolution knows it by its strides")
