@@ -1,5 +1,5 @@
 # make demo | make lab | make test | make zoo | make fuzz | make sanitize | make limits | make environments | make mutants
-# make bench | make bench-models | make bench-converted | make bench-steps | make survey | make export | make readme | make clean
+# make bench | make bench-models | make bench-converted | make bench-streaming | make bench-steps | make survey | make export | make readme | make clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ METADATA = settings.ini setup.py pyproject.toml
 
 export MPLBACKEND = Agg
 
-.PHONY: demo lab test zoo fuzz sanitize limits environments mutants bench bench-models bench-converted bench-steps survey export readme clean
+.PHONY: demo lab test zoo fuzz sanitize limits environments mutants bench bench-models bench-converted bench-streaming bench-steps survey export readme clean
 
 demo: $(VENV)/demo-installed
 	-$(BIN)/python -m flashconv build
@@ -72,6 +72,10 @@ bench-models: $(VENV)/bench-installed
 bench-converted: $(VENV)/bench-installed
 	-$(BIN)/python -m flashconv build
 	$(BIN)/python benchmarks/converted.py $(BENCH)
+
+bench-streaming: $(VENV)/bench-installed
+	-$(BIN)/python -m flashconv build
+	$(BIN)/python benchmarks/streaming.py $(BENCH)
 
 # The pages nbs/kernels/03 and 04 print what it writes: run them again afterwards.
 bench-steps: $(VENV)/demo-installed

@@ -41,11 +41,17 @@ def arrays(row):
     return Arrays(draw(row.input_shape), draw(row.weight_shape) * spread, draw(row.output_shape))
 
 
+def unpadded(row):
+    "A layer's arguments where no layer pads in pairs: its input is padded before."
+    sizes, options = row.arguments
+    return sizes, {**options, "padding": 0} if row.pairs else options
+
+
 class OnMLX:
     "A layer of flashconv or mlx.nn. A move is the (source, destination) of an axis of PyTorch's."
 
-    def __init__(self, row, data, layer, move, move_weight):
-        self.layer, self.moves = layer, (move, move, move_weight)
+    def __init__(self, row, data, layer, move, move_weight, pairs=()):
+        self.layer, self.moves, self.pairs = layer, (move, move, move_weight), pairs
         turn = zip((data.cotangent, data.x, data.w), self.moves)
         self.cotangent, self.x, self.w = (
             mx.array(np.ascontiguousarray(np.moveaxis(a, *m))).astype(getattr(mx, row.dtype))
@@ -55,11 +61,15 @@ class OnMLX:
 
     def _call(self, x, w):
         self.layer.weight = w
-        return self.layer(x)
+        return self._run(x)
+
+    def _run(self, x):
+        "The layer's output; with pairs, x is padded first, channels last."
+        return self.layer(mx.pad(x, [(0, 0), *self.pairs, (0, 0)]) if self.pairs else x)
 
     def forward(self):
         "The output."
-        y = self.layer(self.x)
+        y = self._run(self.x)
         mx.eval(y)
         return [y]
 
@@ -72,7 +82,7 @@ class OnMLX:
 
     def input_gradient(self):
         "That alone."
-        gradients = mx.vjp(self.layer, [self.x], [self.cotangent])[1]
+        gradients = mx.vjp(self._run, [self.x], [self.cotangent])[1]
         mx.eval(gradients)
         return gradients
 
@@ -109,22 +119,27 @@ class OnTorch:
         def tensor(a):
             a = torch.from_numpy(np.ascontiguousarray(a)).to(getattr(torch, dtype))
             return a.contiguous(memory_format=getattr(torch, memory_format))
-        sizes, options = row.arguments
+        sizes, options = unpadded(row)
+        self.widths = [n for pair in reversed(row.pairs or ()) for n in pair]  # last axis first
         self.layer = getattr(torch.nn, row.layer)(*sizes, **options, dtype=getattr(torch, dtype))
         self.layer.weight = torch.nn.Parameter(tensor(data.w))
         self.x, self.cotangent = tensor(data.x).requires_grad_(), tensor(data.cotangent)
 
     def forward(self):
         "The output."
-        with self.torch.no_grad(): return [self.layer(self.x)]
+        with self.torch.no_grad(): return [self._run()]
+
+    def _run(self):
+        pad = self.torch.nn.functional.pad
+        return self.layer(pad(self.x, self.widths) if self.widths else self.x)
 
     def gradients(self):
         "The output and the gradients of the input and the weight."
-        y = self.layer(self.x)
+        y = self._run()
         return [y, *self.torch.autograd.grad(y, (self.x, self.layer.weight), self.cotangent)]
 
     @cached_property
-    def _output(self): return self.layer(self.x)
+    def _output(self): return self._run()
 
     def input_gradient(self):
         "That alone, after a forward pass that is made once."
@@ -162,9 +177,9 @@ def _flashconv(data_format):
 
 
 def _mlx(row, data):
-    sizes, options = row.arguments
+    sizes, options = unpadded(row)
     layer = getattr(mlx.nn, row.layer)(*sizes, **options)
-    return OnMLX(row, data, layer, (1, -1), (0 if row.transposed else 1, -1))
+    return OnMLX(row, data, layer, (1, -1), (0 if row.transposed else 1, -1), row.pairs or ())
 
 
 def _torch(memory_format):

@@ -196,8 +196,9 @@ MARKS = (  # label, competitors of which the best counts, marker, colour (Okabe 
     ("mlx.nn, fast BLAS", (NATIVE_FAST,), "o", "#E69F00"),
     ("flashconv, no kernels", (PLAIN,), "x", "#000000"),
     ("PyTorch, better format", TORCH, "D", "#0072B2"))
-CLASSES = {"few taps": "depthwise, few taps", "many taps": "depthwise, many taps",
-           "long": "depthwise 1d, long"}  # kind of row -> its name in a picture, where not its own
+CLASSES = {  # kind of row -> its name in a picture, where not its own
+    "few taps": "depthwise, few taps", "many taps": "depthwise, many taps",
+    "long": "depthwise 1d, long", "one side": "padded on one side"}
 
 
 def draw(rows, path):

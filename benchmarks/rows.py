@@ -11,7 +11,7 @@ class Row(NamedTuple):
     out_channels: int
     kernel_size: tuple
     stride: int | tuple = 1
-    padding: int | tuple = 0
+    padding: int | tuple | str = 0  # a number, one per axis, pairs (before, after), or 'causal'
     dilation: int = 1
     groups: int = 1
     transposed: bool = False
@@ -37,6 +37,13 @@ class Row(NamedTuple):
         return (self.input_shape[1], self.out_channels, kernel_size), options
 
     @property
+    def pairs(self):
+        "Zeros (before, after) per axis where the two may differ; None for other paddings."
+        if self.padding == "causal": return ((self.dilation * (self.kernel_size[0] - 1), 0),)
+        is_paired = isinstance(self.padding, tuple) and isinstance(self.padding[0], tuple)
+        return self.padding if is_paired else None
+
+    @property
     def weight_shape(self):
         "PyTorch's."
         first, second = self.input_shape[1], self.out_channels
@@ -46,8 +53,8 @@ class Row(NamedTuple):
     @property
     def output_shape(self):
         "PyTorch's."
-        axes = zip(self.input_shape[2:], self.kernel_size, self._per_axis(self.stride),
-                   self._per_axis(self.padding))
+        padded = map(sum, self.pairs or zip(*[self._per_axis(self.padding)] * 2))
+        axes = zip(self.input_shape[2:], self.kernel_size, self._per_axis(self.stride), padded)
         return (self.input_shape[0], self.out_channels, *(self._length(*axis) for axis in axes))
 
     @property
@@ -59,10 +66,10 @@ class Row(NamedTuple):
     def _per_axis(self, value):
         return value if isinstance(value, tuple) else (value,) * self.axes
 
-    def _length(self, i, k, stride, padding):
+    def _length(self, i, k, stride, padded):
         span = self.dilation * (k - 1) + 1
-        if self.transposed: return (i - 1) * stride - 2 * padding + span
-        return (i + 2 * padding - span) // stride + 1
+        if self.transposed: return (i - 1) * stride - padded + span
+        return (i + padded - span) // stride + 1
 
 
 ROWS = (
@@ -86,6 +93,13 @@ ROWS = (
         stride=(1, 2, 2), padding=(1, 3, 3)),
     Row("3x3 d2, 64 @56", "dilated", (1, 64, 56, 56), 64, (3, 3), padding=2, dilation=2),
     Row("3x3 d6, 128 @33", "dilated", (1, 128, 33, 33), 128, (3, 3), padding=6, dilation=6),
+    # Padded on one side: PyTorch and mlx.nn pad first, as their users have to.
+    Row("1d K=7 d9 causal, 64 ch, L=8192", "one side", (1, 64, 8192), 64, (7,), padding="causal",
+        dilation=9),
+    Row("3x3 s2 (0, 1), 32->64 @112", "one side", (1, 32, 112, 112), 64, (3, 3), stride=2,
+        padding=((0, 1), (0, 1))),
+    Row("3x3x3 (2, 0) in time, 32 @8x28x28", "one side", (1, 32, 8, 28, 28), 32, (3, 3, 3),
+        padding=((2, 0), (1, 1), (1, 1))),
     Row("transposed k2 s2, 128->64 @28", "transposed", (1, 128, 28, 28), 64, (2, 2), stride=2,
         transposed=True),
     Row("transposed k4 s2, 256->128 @8, N=4", "transposed", (4, 256, 8, 8), 128, (4, 4), stride=2,

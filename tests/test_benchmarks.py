@@ -118,6 +118,23 @@ def test_converted():
     assert row.split()[3] == "ms" and len(row.split()) == 8 and "wrong" not in row
 
 
+def test_streaming():
+    "Both ways are right, and have times."
+    done = run("--quick", "--rows", "t*", script="streaming.py")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all("us by hand" in line and "us a step" in line for line in lines)
+
+
+def test_rows_padded_on_one_side(tmp_path):
+    "PyTorch and mlx.nn pad before, and give the same."
+    done = run("--quick", "--rows", "3x3 s2 (0, 1)*", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    for cells in row["passes"].values():
+        assert not [cell["note"] for cell in cells.values() if cell["note"] not in ("", "once")]
+
+
 WRONG = """
 import sys
 sys.argv = ["models.py", "--quick", "--rows", "Whisper*", "--out", sys.argv[1]]
