@@ -210,6 +210,18 @@ def test_names():
     theirs.load_state_dict(flashconv.to_torch_state(ours))
 
 
+def test_names_of_python():
+    "Names that Python uses itself, or that are no names in Python, are PyTorch's in the state."
+    def forward(self, v):
+        y = self.table["in"](v) + self.table["3x3-a"](v) + self.table["3x3_a"](v)
+        return torch.where((y > 0) & (y < 1), y, getattr(self, "global"))
+    theirs = network(forward, table=torch.nn.ModuleDict({"in": conv(), "3x3-a": conv(), "3x3_a": conv()}),
+                     **{"global": torch.nn.Parameter(torch.ones(1))})
+    ours = equal(theirs, (x(2, 3, 4, 4),))
+    assert list(flashconv.to_torch_state(ours)) == list(theirs.state_dict())
+    same_source(theirs, (x(2, 3, 4, 4),))
+
+
 def test_ties():
     "A tensor under two names is one array, with the gradient of both uses."
     theirs = network(lambda self, v: self.b(self.a(v)) + self.c(v), a=conv(3, 3), b=conv(3, 3))
@@ -381,6 +393,67 @@ def test_exported_programs(tmp_path):
             flashconv.convert_model(exported, **{name: options})
     with pytest.raises(FileNotFoundError): flashconv.convert_model(tmp_path / "none.pt2")
     with pytest.raises(ValueError, match="named .pt2"): flashconv.convert_model("net.pth", (v,))
+
+
+def normalise(self, v):
+    y = self.norm(self.conv(v))
+    return self.head(self.norm(y * 2).mean((2, 3))), self.norm.running_mean * 1
+
+
+def count(self, v):
+    self.calls.add_(1)
+    self.seen.mul_(0.5).add_(v.mean())
+    return self.conv(v) * self.seen
+
+
+def normalise_by_itself(self, v):
+    return self.alone(v), F.batch_norm(v, None, None, self.norm.weight[:3], self.norm.bias[:3], True)[0]
+
+
+def normalise_otherwise(self, v):
+    y = self.conv(v)
+    return F.instance_norm(y), F.group_norm(y, 2), F.layer_norm(y, (6,)), self.head(y.mT.reshape(-1, 4)) @ y[0, 0, :3]
+
+
+@pytest.mark.parametrize("way", ("core", "functional"))
+@pytest.mark.parametrize("forward", (normalise, count, normalise_by_itself, normalise_otherwise),
+                         ids=lambda f: f.__name__)
+@pytest.mark.parametrize("training", (False, True))
+def test_decomposed_programs(forward, way, training):
+    "A program without writes keeps what it gives back for buffers and inputs; norms follow the mode."
+    theirs = network(forward, conv=conv(), norm=torch.nn.BatchNorm2d(4), head=torch.nn.Linear(4, 3),
+                     alone=torch.nn.BatchNorm2d(3, track_running_stats=False))
+    theirs.register_buffer("calls", torch.ones((), dtype=torch.int64))
+    theirs.register_buffer("seen", torch.ones(()).double())
+    exported = torch.export.export(theirs.train(training), (x(2, 3, 6, 6),))
+    before = str(exported)
+    decomposed = exported.run_decompositions(*([{}] if way == "functional" else []))
+    ours = flashconv.convert_model(decomposed)
+    for seed in range(2): assert max(compared(theirs, ours, (x(2, 3, 6, 6, seed=seed),), {})) < BOUND
+    if training: assert max(compared(theirs.eval(), ours.eval(), (x(2, 3, 6, 6),), {})) < BOUND
+    assert str(exported) == before
+    assert torch.equal(flashconv.to_torch_state(ours)["norm.num_batches_tracked"], theirs.norm.num_batches_tracked)
+
+
+def test_decomposed_programs_that_write_to_their_input():
+    theirs = network(lambda self, v: self.conv(v.mul_(2)) + v, conv=conv())
+    v = x(2, 3, 6, 6)
+    theirs.conv = conv(3, 3).double()
+    ours = flashconv.convert_model(torch.export.export(theirs, (v.clone(),)).run_decompositions())
+    mine, right = arrays(v.clone()), theirs(v)
+    assert np.allclose(ours(mine), right.detach(), atol=BOUND) and np.allclose(mine, v)
+
+
+def test_own_operations_of_decomposed_programs():
+    "A function of the user's for a small operation is called, and what it is part of stays in pieces."
+    theirs, v, calls = network(lambda self, v: self.head(self.conv(v)), conv=conv(), head=torch.nn.Linear(6, 2)), x(1, 3, 6, 6), []
+    def own(bias, a, b):
+        calls.append(a.shape)
+        return bias + a @ b
+    exported = torch.export.export(theirs, (v,)).run_decompositions()
+    ours = flashconv.convert_model(exported, operations={"addmm": own})
+    assert np.allclose(ours(arrays(v)), theirs(v).detach(), atol=BOUND) and calls
+    assert "linear" not in ours.program and "conv2d" in ours.program
 
 
 def test_files(tmp_path, capfd):

@@ -9,6 +9,7 @@ __all__ = []
 import math
 import operator
 import re
+from keyword import kwlist
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -113,8 +114,8 @@ class _Lines:
         functions = {self.own_names[key]: function for key, function in own.items()}
         self.space = {"mx": mx, "math": math, "inf": math.inf, "nan": math.nan, "self": root,
                       "ops": _OPS, "write": write, **functions}
-        self.taken |= set(self.space) | {"float", "int", "max", "min", "abs", "round", "not",
-                                         "and", "or", "slice", "lambda", "input", "view"}
+        self.taken |= {*self.space, *kwlist, "float", "int", "max", "min", "abs", "round",
+                       "slice", "input", "view"}
 
 _OPS = SimpleNamespace(**OPERATIONS)
 
@@ -488,7 +489,7 @@ def in_place(self: _Lines, node):
     if _operation_name(node) == "detach": return
     before = self.read(target)
     value = self.value(node)
-    if self.is_count(target): value = self.counted(node, before)
+    if self.is_count(target): value = self.counted(node, before, value)
     self.put(node, target, value)
 
 @patch
@@ -496,9 +497,11 @@ def is_count(self: _Lines, node):
     return self.state_nodes.get(self.itself(node), "").endswith("num_batches_tracked")
 
 @patch
-def counted(self: _Lines, node, before):
+def counted(self: _Lines, node, before, after):
     "A norm counts the batches of its own training."
     owner = self.state.owner(self.state_nodes[self.itself(node.args[0])].rpartition(".")[0])
+    if _operation_name(node) == "copy":
+        return self.emit(node, f"{after} if {owner}.training else {before}")
     return self.emit(node, f"{before} + int({owner}.training)")
 
 # %% ../../nbs/28_graphs.ipynb #6184777d

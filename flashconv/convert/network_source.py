@@ -10,6 +10,7 @@ import base64
 import re
 import zlib
 from dataclasses import dataclass, field
+from keyword import kwlist
 
 import mlx.core as mx
 import numpy as np
@@ -80,8 +81,8 @@ class _Method:
 
 _NUMBER = re.compile(r"(?<![\w.'\[])(\((?:-?[\d.]+(?:e-?\d+)?, ?)+(?:-?[\d.]+(?:e-?\d+)?)?\)"
                      r"|(?<!: )-?\d[\d.]*(?:e[-+]?\d+)?)(?![\w.:\]])")
-_TAKEN = {"x", "self", "mx", "ops", "math", "write", "functional", "float", "int", "max", "min",
-          "abs", "round", "inf", "nan", "view", "input"}  # what a line may need under its own name
+_TAKEN = {*kwlist, "x", "self", "mx", "ops", "math", "write", "functional", "float", "int", "max",
+          "min", "abs", "round", "inf", "nan", "view", "input"}  # what a line may need under its own name
 
 def _stem(name):
     "A short name for what a line makes."
