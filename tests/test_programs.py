@@ -137,6 +137,51 @@ def test_buffers():
     assert "mean" not in ours.trainable_parameters()
 
 
+# Zeros around convolutions ------------------------------------------------------------------------
+
+
+def pads_of(pad, mode="constant", value=None):
+    return lambda self, v: self.conv(F.pad(v, pad, mode, value))
+
+
+def strict(forward, *sizes, count=0, name="Conv2d", **options):
+    return forward, sizes or (7, 6), count, name, options
+
+
+@pytest.mark.parametrize("forward, sizes, count, name, options", (
+    strict(pads_of((1, 2, 3, 0))), strict(pads_of((1, 2)), padding=1), strict(pads_of((2, 0)), 8, name="Conv1d"),
+    strict(pads_of((1, 0, 0, 2, 2, 1)), 4, 5, 3, name="Conv3d", padding=(1, 0, 2)), strict(pads_of((1, 0), value=0.0)),
+    strict(pads_of((1, 1, 0, 1)), stride=2, dilation=2, groups=3, padding=(2, 1)),
+    strict(lambda self, v: self.conv(F.pad(v, (0, 1))) + self.conv(F.pad(v, (1, 0)))),
+    strict(lambda self, v: (lambda p: self.conv(p) + self.conv(p))(F.pad(v, (0, 1)))),
+    strict(pads_of((-1, 2)), count=1), strict(pads_of((1, 2), value=0.5), count=1), strict(pads_of((1, 2, 0, 1), "reflect"), count=1),
+    strict(pads_of((0, 0, 0, 0, 1, 0)), count=1, channels=4), strict(pads_of((1, 0)), count=1, name="ConvTranspose2d"),
+    strict(pads_of((1, 0)), count=1, padding="same"),
+    strict(lambda self, v: self.conv(F.pad(v, (0, 1)).mul_(2) + 1), count=1),
+    strict(lambda self, v: self.conv(F.pad(v, (0, 1)).relu_()), count=1),
+    strict(lambda self, v: (lambda p: self.conv(p).sum() + p.square())(F.pad(v, (0, 1))), count=1)))
+def test_zeros_around_convolutions(forward, sizes, count, name, options):
+    "Zeros that convolutions alone read are theirs; others stay."
+    channels = options.pop("channels", 3)
+    theirs = network(forward, conv=getattr(torch.nn, name)(channels, 6, 3, **options))
+    ours = equal(theirs, (x(2, 3, *sizes),))
+    assert ours.program.count("ops.pad(") == count
+    report = flashconv.conversion_report(theirs, (x(2, 3, *sizes),))
+    assert count == (not any(row.became == "padding of convolutions" for row in report))
+    same_source(theirs, (x(2, 3, *sizes),))
+
+
+def test_zeros_around_what_is_written_to():
+    "A convolution reads what was padded, as it was then."
+    def forward(self, v):
+        y = v * 1
+        padded = F.pad(y, (1, 0))
+        y.mul_(3)
+        return self.conv(padded), y
+    theirs = network(forward, conv=conv())
+    assert "ops.pad(" not in equal(theirs, (x(2, 3, 7, 6),)).program
+
+
 # Modes -------------------------------------------------------------------------------------------
 
 

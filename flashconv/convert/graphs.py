@@ -109,6 +109,7 @@ class _Lines:
         self.uses, self.calls, self.failed, self.stopped = [], [], set(), set()
         self.unknown = set()
         self.sharing, self.results, self.arguments, self.expressions = {}, {}, {}, {}
+        self.inside, self.joined = {}, set()  # what an operation was of; pads that are left out
         self.replaced, self.absorbed, self.dropped = {}, set(), set()  # by folding
         self.own_names = {key: "own_" + re.sub(r"\W", "_", key) for key in own}
         functions = {self.own_names[key]: function for key, function in own.items()}
@@ -238,8 +239,10 @@ def expression(self: _Lines, node, first=None):
         arguments[place:place + 1] = [self.state.place_of(name)]
     named = {name: self.text(value) for name, value in node.kwargs.items()
              if name not in _LEFT_OUT}
+    self.inside[node] = arguments[0] if arguments else ""
     if key in self.own_names:
         return _call(self.own_names[key], arguments, named)
+    if key in _CONVOLUTIONS: self.pad_itself(node, _CONVOLUTIONS[key], arguments)
     if key in _FLAGS and len(arguments) > _FLAGS[key]:
         arguments[_FLAGS[key]] = self.mode(node, key, node.args[_FLAGS[key]])
     plain = self.plain(node, key, arguments, named)
@@ -267,6 +270,39 @@ def item(self: _Lines, node, first=None):
     source, index = node.args
     if first is None: return f"{self.name[source]}[{index}]"
     return f"{self.expression(source, first)}[{index}]"
+
+# %% ../../nbs/28_graphs.ipynb #ae05e781
+_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+
+@patch
+def pad_itself(self: _Lines, node, n, arguments):
+    "Let a convolution put zeros around its input, where nothing but convolutions reads these."
+    source = self.itself(node.args[0])
+    pairs = _zeros_around(source)
+    if pairs is None or len(pairs) > n or self.version.get(source): return
+    if not all(map(_has_numbers, source.users)): return
+    own = node.args[4] if len(node.args) > 4 else [0]
+    own = own * n if len(own) == 1 else own
+    pairs = ((0, 0),) * (n - len(pairs)) + pairs
+    self.joined.add(source)
+    arguments[0] = self.inside[source]
+    arguments[4] = repr(tuple((a + p, b + p) for (a, b), p in zip(pairs, own)))
+
+# %% ../../nbs/28_graphs.ipynb #33a22bef
+def _zeros_around(node):
+    "The pairs of zeros that a call puts around the last axes; None where it does something else."
+    if node.op != "call_function" or not hasattr(node.target, "_schema"): return None
+    if _operation_name(node) not in ("pad", "constant_pad_nd") or node.kwargs: return None
+    amounts, *rest = node.args[1:]
+    is_plain = all(isinstance(amount, int) and amount >= 0 for amount in amounts)
+    if not is_plain or any(value not in ("constant", 0, None) for value in rest): return None
+    return tuple(zip(amounts[::2], amounts[1::2]))[::-1]
+
+def _has_numbers(node):
+    "Whether a node is a convolution that is padded by numbers."
+    is_call = node.op == "call_function" and hasattr(node.target, "_schema")
+    if not is_call or _operation_name(node) not in _CONVOLUTIONS: return False
+    return len(node.args) < 5 or all(isinstance(amount, int) for amount in node.args[4])
 
 # %% ../../nbs/28_graphs.ipynb #66e29154
 @patch

@@ -1040,6 +1040,7 @@ def became(self: _Lines, node):
     key = _found(node, self.own)
     if key is None: return "nothing: it has no equal"
     if key in self.own: return f"operations[{key!r}]"
+    if node in self.joined: return "padding of convolutions"
     if not key.startswith("conv"): return f"ops.{key}"
     runs = _watched(lambda: eval(self.expressions[node], self.space))
     return ", ".join([f"functional.{key}", *sorted({run[0] for run in runs})])
