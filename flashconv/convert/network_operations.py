@@ -29,8 +29,11 @@ def _linear(x, weight, bias=None):
     if bias is None: return x @ weight.T
     return x @ weight.T + bias if x.ndim == 1 else mx.addmm(bias, x, weight.T)
 
-@_operation("addmm", "baddbmm", "addmv", "addbmm")
+@_operation("addmm", "baddbmm", "addmv")
 def _addmm(c, a, b, *, beta=1, alpha=1): return beta * c + alpha * (a @ b)
+
+@_operation("addbmm")
+def _addbmm(c, a, b, *, beta=1, alpha=1): return beta * c + alpha * mx.sum(a @ b, 0)
 
 def _product(a, b):
     "A product of matrices. Whole numbers, which MLX does not multiply so, are summed."
