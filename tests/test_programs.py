@@ -568,6 +568,10 @@ AUTOCAST = {
     "layer_norm": lambda v: F.layer_norm(v, (4,), v[0, 0, 0]), "batch_norm": lambda v: F.batch_norm(v, None, None, training=True),
     "cat": lambda v: torch.cat([v, v.float()]), "sum": lambda v: v.sum(1), "gelu": F.gelu, "interpolate": lambda v: F.interpolate(v, scale_factor=2, mode="bilinear"),
     "group_norm": lambda v: F.group_norm(v, 2), "norm": lambda v: v.norm(dim=1), "cosine": lambda v: F.cosine_similarity(v, v * v),
+    "nll_loss": lambda v: F.nll_loss(v, torch.ones(4, 4, 4, dtype=torch.int64)), "kl_div": lambda v: F.kl_div(v, v.softmax(1), reduction="sum"),
+    "cross_entropy": lambda v: F.cross_entropy(v.float(), torch.ones(4, 4, 4, dtype=torch.int64)), "trace": lambda v: v[0, 0].trace(),
+    "conv_tbc": lambda v: torch.conv_tbc(v[0], v[1], v[0, 0, 0]), "tensordot": lambda v: torch.tensordot(v, v, 2), "inner": lambda v: torch.inner(v[0], v[1]),
+    "multi_dot": lambda v: torch.linalg.multi_dot([v[0, 0], v[0, 1], v[1, 0]]), "vecdot": lambda v: torch.linalg.vecdot(v, v),
     "max_pool2d": lambda v: F.max_pool2d(v, 2), "avg_pool2d": lambda v: F.avg_pool2d(v, 2),
     "nested": lambda v: (lambda y: torch.autocast("cpu", enabled=False)(lambda a: a.float() @ v.float())(y) + y)(v @ v),
 }

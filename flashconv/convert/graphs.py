@@ -647,9 +647,11 @@ _CAST = {*_CONVOLUTIONS, *(f"conv_transpose{n}d" for n in (1, 2, 3)), "convoluti
          "avg_pool3d", "adaptive_avg_pool3d", "grid_sampler", "pad", "reflection_pad1d",
          "replication_pad1d", "replication_pad2d", "replication_pad3d", "mse_loss", "l1_loss",
          "smooth_l1_loss", "huber_loss", *(name for name in OPERATIONS if name.startswith("fft_")),
-         "stft", "stft_center", "istft"}  # on CPUs
-_CAST_INSIDE = {"affine_grid_generator", "bilinear", "lstm", "gru", "rnn_tanh",
-                "rnn_relu"}  # of several operations
+         "stft", "stft_center", "istft", "nll_loss", "nll_loss2d", "nll_loss_nd", "kl_div",
+         "trace", "polar", "view_as_complex", "conv_tbc", "linalg_matmul", "linalg_multi_dot",
+         "linalg_vecdot", "chain_matmul", "inner", "tensordot"}  # on CPUs
+_CAST_INSIDE = {"affine_grid_generator", "bilinear", *(name for name in OPERATIONS if re.match(
+    "(lstm|gru|rnn_tanh|rnn_relu)(_cell)?$", name))}  # of several operations
 
 @patch
 def autocast(self: _Lines, node, key):
