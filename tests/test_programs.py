@@ -489,6 +489,20 @@ def test_decomposed_programs_that_write_to_their_input():
     assert np.allclose(ours(mine), right.detach(), atol=BOUND) and np.allclose(mine, v)
 
 
+def test_decomposed_programs_that_exchange_buffers():
+    def forward(self, v):
+        before = self.a.clone()
+        self.a.copy_(self.b)
+        self.b.copy_(before)
+        return v * self.a + self.b
+    theirs = network(forward)
+    theirs.register_buffer("a", x(3))
+    theirs.register_buffer("b", x(3, seed=1))
+    ours = flashconv.convert_model(torch.export.export(theirs, (x(2, 3),)).run_decompositions())
+    for _ in range(3): assert np.allclose(ours(arrays(x(2, 3))), theirs(x(2, 3)), atol=BOUND)
+    for name, value in theirs.state_dict().items(): assert torch.equal(flashconv.to_torch_state(ours)[name], value)
+
+
 def test_own_operations_of_decomposed_programs():
     "A function of the user's for a small operation is called, and what it is part of stays in pieces."
     theirs, v, calls = network(lambda self, v: self.head(self.conv(v)), conv=conv(), head=torch.nn.Linear(6, 2)), x(1, 3, 6, 6), []

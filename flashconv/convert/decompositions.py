@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from .graphs import _found, _operation_name
 
-# %% ../../nbs/37_decompositions.ipynb #c37ddc95
+# %% ../../nbs/37_decompositions.ipynb #03f03861
 def _convolution(torch, x, weight, bias, stride, padding, dilation, transposed, more, groups):
     n = weight.meta["val"].ndim - 2
     if not 1 <= n <= 3: return None
@@ -22,6 +22,7 @@ def _convolution(torch, x, weight, bias, stride, padding, dilation, transposed, 
     operation = overloads.default if n == 1 else overloads.input
     return operation, (x, weight, bias, stride, padding, more, groups, dilation)
 
+# %% ../../nbs/37_decompositions.ipynb #efd044b7
 def _transposed(node):
     "What a node is the transpose of, a matrix; None where it is something else."
     is_call = node.op == "call_function" and hasattr(node.target, "_schema")
@@ -38,7 +39,7 @@ def _mm(torch, x, right):
     weight = _transposed(right)
     return None if weight is None else (torch.ops.aten.linear.default, (x, weight))
 
-# %% ../../nbs/37_decompositions.ipynb #7cc679d8
+# %% ../../nbs/37_decompositions.ipynb #7ac5f540
 def _norm(torch, x, weight, bias, *rest):
     if len(rest) == 3: rest = None, None, *rest  # none are kept
     elif len(rest) == 4: rest = *rest[:2], False, *rest[2:]  # in evaluation
@@ -48,6 +49,7 @@ _RULES = {"convolution": _convolution, "addmm": _addmm, "mm": _mm, **dict.fromke
     "_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional",
     "_native_batch_norm_legit_no_stats"), _norm)}
 
+# %% ../../nbs/37_decompositions.ipynb #700a0364
 def _results(node, passed):
     "The nodes of the statistics that a norm gives, by number; None where that can't be said."
     places = {user.args[1] for user in node.users if user.users}
@@ -56,33 +58,39 @@ def _results(node, passed):
     if any(user is not node and user not in passed for n in kept for user in n.users): return None
     return dict(zip((3, 4), kept))
 
-# %% ../../nbs/37_decompositions.ipynb #e427759f
+# %% ../../nbs/37_decompositions.ipynb #12a0765f
 def _write_back(graph, signature, torch):
     "Write what a program returns for a buffer, a parameter or an input to its place."
     places = {spec.target or spec.arg.name: spec.arg.name for spec in signature.input_specs}
     nodes = {node.name: node for node in graph.nodes}
     output = next(iter(reversed(graph.nodes)))
-    for value, spec in zip(output.args[0], signature.output_specs):
-        if not spec.kind.name.endswith("_MUTATION"): continue
-        place = nodes[places[spec.target]]
-        if value is place: continue
-        with graph.inserting_before(output):
-            node = graph.call_function(torch.ops.aten.copy_.default, (place, value))
-        node.meta = {**value.meta, "val": place.meta["val"]}
+    written = [(nodes[places[spec.target]], value) for value, spec in zip(
+        output.args[0], signature.output_specs) if spec.kind.name.endswith("_MUTATION")]
+    clone, copy_ = torch.ops.aten.clone.default, torch.ops.aten.copy_.default
+    with graph.inserting_before(output):
+        pairs = [(place, _called(graph, clone, value) if value.op == "placeholder" else value)
+                 for place, value in written if place is not value]
+        for place, value in pairs: _called(graph, copy_, place, value)
 
-# %% ../../nbs/37_decompositions.ipynb #e4477503
+def _called(graph, operation, place, *values):
+    "A node for a call whose result is like `place`."
+    node = graph.call_function(operation, (place, *values))
+    node.meta = {**(values or (place,))[0].meta, "val": place.meta["val"]}
+    return node
+
+# %% ../../nbs/37_decompositions.ipynb #c64f7be7
 def _recomposed(exported, own, torch):
     "An exported program with the layers, norms and writes that a decomposition has replaced."
     graph, signature, passed = _copied(exported), exported.graph_signature, set()
     for node in list(graph.nodes):
-        if node.op == "call_function" and not node.kwargs: _recompose(graph, node, passed, own,
-                                                                      torch)
+        _recompose(graph, node, passed, own, torch)
         passed.add(node)
     _write_back(graph, signature, torch)
     return SimpleNamespace(graph=graph, **{name: getattr(exported, name, None) for name in (
         "graph_signature", "state_dict", "constants", "call_spec", "range_constraints",
         "_guards_code")})
 
+# %% ../../nbs/37_decompositions.ipynb #6f4e6add
 def _copied(exported):
     "The graph once more, its nodes under their names."
     graph = copy.deepcopy(exported.graph)
@@ -117,6 +125,6 @@ def _erase(graph, node):
         if not other.users and _transposed(other) is not None: graph.erase_node(other)
 
 def _rule_of(node, own):
-    if not hasattr(node.target, "_schema") or _found(node, own) in own: return None
+    if node.kwargs or not hasattr(node.target, "_schema") or _found(node, own) in own: return None
     name, overload = _operation_name(node), node.target._schema.overload_name
     return _RULES.get(f"{name}_{overload}", _RULES.get(name))
