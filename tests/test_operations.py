@@ -446,6 +446,15 @@ for _reduction in (0, 1, 2):
     case("binary_cross_entropy_with_logits", X, Y.sigmoid(), positive(3, 4), positive(4), _reduction)
     case("kl_div", X, Y.softmax(1), _reduction)
     case("kl_div", X, Y, _reduction, log_target=True)
+    case("binary_cross_entropy", Y.sigmoid(), X.sigmoid(), None, _reduction)
+    case("binary_cross_entropy", Y.sigmoid(), (X > 0).double(), positive(3, 4), _reduction)
+    case("binary_cross_entropy", torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0, 1.0]), None, _reduction)
+    case("triplet_margin_loss", X, Y, X * Y, 1.0, 2.0, 1e-6, True, _reduction)
+    case("triplet_margin_loss", X, Y, X * Y, 0.5, 1.0, 1e-6, False, _reduction)
+case("matrix_H", X)
+case("repeat_interleave.self_Tensor", X, torch.tensor([1, 0, 2]), 0, output_size=3)
+case("repeat_interleave.self_Tensor", X, torch.tensor([2]), -1, output_size=8)
+case("repeat_interleave.self_Tensor", X, whole(12), output_size=int(whole(12).sum()))
 CELL = t(2, 3), t(2, 4), t(4, 3), t(4, 4)
 for _name in ("rnn_tanh_cell", "rnn_relu_cell"):
     case(_name, *CELL, t(4), t(4, seed=1))
@@ -453,7 +462,7 @@ for _name in ("rnn_tanh_cell", "rnn_relu_cell"):
 case("gru_cell", t(2, 3), t(2, 4), t(12, 3), t(12, 4), t(12), t(12, seed=1))
 case("lstm_cell", t(2, 3), [t(2, 4), t(2, 4, seed=1)], t(16, 3), t(16, 4), t(16), t(16, seed=1))
 
-UNTRAINED = {"nll_loss_nd": {2}, "cross_entropy_loss": {2}, "binary_cross_entropy_with_logits": {2, 3}}  # weights
+UNTRAINED = {"nll_loss_nd": {2}, "cross_entropy_loss": {2}, "binary_cross_entropy_with_logits": {2, 3}, "binary_cross_entropy": {2}}  # weights
 SMOOTH_ONLY = {"sort", "argsort"}
 
 

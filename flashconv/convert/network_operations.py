@@ -529,6 +529,16 @@ def _with_logits(x, target, weight=None, pos_weight=None):
 def _binary(x, target, weight=None, pos_weight=None, reduction=1):
     return _loss(_with_logits)(x, target, reduction, weight, pos_weight)
 
+def _triplet(anchor, positive, negative, margin=1.0, p=2.0, eps=1e-6, swap=False):
+    distance = OPERATIONS["pairwise_distance"]
+    near, far = distance(anchor, positive, p, eps), distance(anchor, negative, p, eps)
+    if swap: far = OPERATIONS["minimum"](far, distance(positive, negative, p, eps))
+    return OPERATIONS["clamp_min"](margin + near - far, 0)
+
+@_operation("triplet_margin_loss")
+def _triplet_loss(anchor, positive, negative, margin=1.0, p=2.0, eps=1e-6, swap=False, reduction=1):
+    return _loss(_triplet)(anchor, positive, reduction, negative, margin, p, eps, swap)
+
 @_operation("kl_div")
 def _kl_div(x, target, reduction=1, *, log_target=False):
     if log_target: return _loss(lambda a, b: mx.exp(b) * (b - a))(x, target, reduction)
@@ -536,6 +546,22 @@ def _kl_div(x, target, reduction=1, *, log_target=False):
 
 OPERATIONS |= {"mse_loss": _loss(lambda a, b: mx.square(a - b)), "huber_loss": _loss(_huber),
                "l1_loss": _loss(lambda a, b: mx.abs(a - b)), "smooth_l1_loss": _loss(_smooth_l1)}
+
+# %% ../../nbs/27_network_operations.ipynb #06a7e05d
+@mx.custom_function
+def _bounded_entropy(x, target):
+    return -(target * mx.maximum(mx.log(x), -100) + (1 - target) * mx.maximum(mx.log1p(-x), -100))
+
+@_bounded_entropy.vjp
+def _(arrays, cotangent, result):
+    x, target = arrays
+    toward_x = cotangent * (x - target) / mx.maximum((1 - x) * x, 1e-12)
+    return toward_x, cotangent * (mx.log1p(-x) - mx.log(x))
+
+@_operation("binary_cross_entropy")
+def _binary_entropy(x, target, weight=None, reduction=1):
+    factor = 1 if weight is None else weight
+    return _loss(lambda a, b: _bounded_entropy(a, b) * factor)(x, target, reduction)
 
 # %% ../../nbs/27_network_operations.ipynb #7559f577
 @_operation("nll_loss", "nll_loss2d", "nll_loss_nd")

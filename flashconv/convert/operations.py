@@ -479,7 +479,7 @@ def _split_along(dim):
     return lambda x, parts: _tensor_split(x, parts, 0 if x.ndim == 1 and dim == 1 else dim)
 
 OPERATIONS |= {alias: OPERATIONS[name] for alias, name in (
-    ("adjoint", "mH"), ("row_stack", "vstack"), ("unsafe_split", "split"),
+    ("adjoint", "mH"), ("matrix_H", "mH"), ("row_stack", "vstack"), ("unsafe_split", "split"),
     ("unsafe_split_with_sizes", "split_with_sizes"), ("unsafe_chunk", "chunk"))}
 OPERATIONS |= {
     "vsplit": _split_along(0), "hsplit": _split_along(1), "dsplit": _split_along(2),
@@ -677,6 +677,14 @@ def _searchsorted(rows, x, *, out_int32=False, right=False, side=None, **_):
     right = right or side == "right"
     passed = rows <= x[..., None] if right else rows < x[..., None]
     return mx.sum(passed, -1).astype(mx.int32 if out_int32 else mx.int64)
+
+# %% ../../nbs/24_operations.ipynb #9e878a23
+@_operation("repeat_interleave_self_Tensor")
+def _repeat_interleave(x, repeats, dim=None, *, output_size=None):
+    "Each entry along an axis as often as an array says; the size has to be known."
+    if dim is None: x, dim = x.reshape(-1), 0
+    ends = mx.cumsum(mx.broadcast_to(repeats, (x.shape[_axis(dim, x.ndim)],)))
+    return mx.take(x, _searchsorted(ends, mx.arange(output_size), right=True), dim)
 
 # %% ../../nbs/24_operations.ipynb #105650db
 @_operation("embedding")
