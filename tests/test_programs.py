@@ -827,6 +827,15 @@ def test_source_of_two_programs():
     assert "in_training" in text
 
 
+def test_source_of_other_results_in_training():
+    "As networks with auxiliary heads have them."
+    def forward(self, v):
+        y = self.conv(v)
+        return {"y": y, "more": [y.mean(), y.amax((2, 3))]} if self.training else y
+    text = same_source(network(forward, conv=conv()), (x(2, 3, 4, 4),))
+    assert "return y[0]" in text and "'more': [y[1], y[2]]" in text
+
+
 def test_source_of_no_network():
     with pytest.raises(TypeError, match="convert_model"): flashconv.source(nn.ReLU())
 

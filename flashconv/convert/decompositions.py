@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from .graphs import _found, _operation_name
 
-# %% ../../nbs/37_decompositions.ipynb #03f03861
+# %% ../../nbs/37_decompositions.ipynb #9d2f3ca6
 def _convolution(torch, x, weight, bias, stride, padding, dilation, transposed, more, groups):
     n = weight.meta["val"].ndim - 2
     if not 1 <= n <= 3: return None
@@ -39,7 +39,7 @@ def _mm(torch, x, right):
     weight = _transposed(right)
     return None if weight is None else (torch.ops.aten.linear.default, (x, weight))
 
-# %% ../../nbs/37_decompositions.ipynb #7ac5f540
+# %% ../../nbs/37_decompositions.ipynb #a7d0b120
 def _norm(torch, x, weight, bias, *rest):
     if len(rest) == 3: rest = None, None, *rest  # none are kept
     elif len(rest) == 4: rest = *rest[:2], False, *rest[2:]  # in evaluation
@@ -58,7 +58,7 @@ def _results(node, passed):
     if any(user is not node and user not in passed for n in kept for user in n.users): return None
     return dict(zip((3, 4), kept))
 
-# %% ../../nbs/37_decompositions.ipynb #12a0765f
+# %% ../../nbs/37_decompositions.ipynb #190c6af1
 def _write_back(graph, signature, torch):
     "Write what a program returns for a buffer, a parameter or an input to its place."
     places = {spec.target or spec.arg.name: spec.arg.name for spec in signature.input_specs}
@@ -78,7 +78,7 @@ def _called(graph, operation, place, *values):
     node.meta = {**(values or (place,))[0].meta, "val": place.meta["val"]}
     return node
 
-# %% ../../nbs/37_decompositions.ipynb #c64f7be7
+# %% ../../nbs/37_decompositions.ipynb #25fd1df7
 def _recomposed(exported, own, torch):
     "An exported program with the layers, norms and writes that a decomposition has replaced."
     graph, signature, passed = _copied(exported), exported.graph_signature, set()

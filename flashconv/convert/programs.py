@@ -933,7 +933,7 @@ def _script(tree, programs, lines):
     owners = {path: tree.text(keys) for path, keys in tree.keys.items()}
     results = lines[mode].results_text
     script = {"kinds": tree.kinds, "owners": owners, "states": state, "results": results,
-              "structures": program.structures, "puts": puts, "count": len(results),
+              "structures": program.structures, "puts": puts,
               "leaves": [(i.shape is not None, i.value) for i in program.inputs]}
     agreed = {}
     if len(found) == 2:
@@ -946,7 +946,8 @@ def _script(tree, programs, lines):
     script["lines"] = [(name, (agreed or {}).get(name, value)) for name, value in pairs]
     script["stacks"] = [stacks[line] for line in kept]
     if agreed is None: script["flat"] = {
-        "in_training" if m else "in_evaluation": programs[m].text for m in found}
+        "in_training" if m else "in_evaluation": (programs[m].text, programs[m].structures[1])
+        for m in found}
     return script
 
 # %% ../../nbs/25_programs.ipynb #dfa70eb1
