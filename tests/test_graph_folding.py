@@ -55,6 +55,26 @@ def test_linear():
     assert "channels" in report[0].reason and "batch_norm" in ours.program
 
 
+WAYS = {"core": lambda program: program.run_decompositions(),
+        "functional": lambda program: program.run_decompositions({})}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("name", [*(f"Conv{kind}{n}d" for kind in ("", "Transpose") for n in (1, 2, 3)), "Linear"])
+def test_decomposed(name, bias, way):
+    "A program that a decomposition has taken apart is folded as the one that it was."
+    options = {} if name == "Linear" else dict(kernel_size=3, stride=2, padding=1, groups=2)
+    theirs = after(name, 4, 6, bias=bias, **options).eval()
+    v = x(2, 4, *(7, 6, 5)[:int(name[-2])]) if options else x(3, 4)
+    program = WAYS[way](torch.export.export(theirs, (v,)))
+    ours = flashconv.convert_model(program, fold=True)
+    assert np.allclose(ours(arrays(v)), theirs(v).detach(), atol=BOUND)
+    assert list(flashconv.to_torch_state(ours)) == ["layer.weight", "layer.bias"]
+    report = flashconv.conversion_report(program, fold=True).folding
+    assert str(report) == "layer and norm: folded" and "batch_norm" not in ours.program
+
+
 def test_flattened_linear():
     "The leading axes of a linear layer may be one where the norm is, as in LeViT."
     theirs = after("Linear", 5, 6)

@@ -372,7 +372,7 @@ def without_chance(model):
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd): module.p = 0.0
         for name in ("drop_connect_rate", "dropout_prob"):
-            if hasattr(module, name): setattr(module, name, 0.0)
+            if getattr(module, name, None): setattr(module, name, 0.0)
     return model
 
 

@@ -9,6 +9,8 @@ __all__ = []
 import math
 import operator
 import re
+from functools import reduce
+from keyword import kwlist
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -106,15 +108,16 @@ class _Lines:
         self.taken, self.state_nodes, self.written = set(), {}, {}
         self.stack, self.stacks, self.kept = (), [], {}
         self.uses, self.calls, self.failed, self.stopped = [], [], set(), set()
-        self.unknown = set()
+        self.unknown, self.casting = set(), None  # the dtype of autocast
         self.sharing, self.results, self.arguments, self.expressions = {}, {}, {}, {}
+        self.inside, self.joined = {}, set()  # what an operation was of; pads that are left out
         self.replaced, self.absorbed, self.dropped = {}, set(), set()  # by folding
         self.own_names = {key: "own_" + re.sub(r"\W", "_", key) for key in own}
         functions = {self.own_names[key]: function for key, function in own.items()}
         self.space = {"mx": mx, "math": math, "inf": math.inf, "nan": math.nan, "self": root,
                       "ops": _OPS, "write": write, **functions}
-        self.taken |= set(self.space) | {"float", "int", "max", "min", "abs", "round", "not",
-                                         "and", "or", "slice", "lambda", "input", "view"}
+        self.taken |= {*self.space, *kwlist, "float", "int", "max", "min", "abs", "round",
+                       "slice", "input", "view"}
 
 _OPS = SimpleNamespace(**OPERATIONS)
 
@@ -179,6 +182,8 @@ def checked(self: _Lines, node, expression, value):
     if value.shape != shape: raise ValueError(f"it gave {value.shape} for PyTorch's {shape}")
     dtype = self.dtype(expected.dtype)
     if value.dtype == dtype: return expression
+    if self.casting is not None and self.is_autocast(node): raise ValueError(
+        f"autocast computes it in another dtype, which is not known here")
     is_name = re.fullmatch(r"[\w.]+(\(.*\))?", expression)
     return f"{expression if is_name else f'({expression})'}.astype({_dtype_name(dtype)})"
 
@@ -209,12 +214,12 @@ def stand_in(self: _Lines, node):
 
 # %% ../../nbs/28_graphs.ipynb #82fbd3c0
 @patch
-def text(self: _Lines, value):
-    "An argument as Python."
+def text(self: _Lines, value, dtype=None):
+    "An argument as Python; tensors of reals as `dtype` if there is one."
     torch = self.torch
-    if isinstance(value, torch.fx.Node): return self.read(value)
+    if isinstance(value, torch.fx.Node): return self.cast(value, dtype)
     if isinstance(value, (list, tuple)):
-        inner = ", ".join(map(self.text, value))
+        inner = ", ".join(self.text(item, dtype) for item in value)
         return f"({inner}{',' if len(value) == 1 else ''})"
     if isinstance(value, torch.dtype): return _dtype_name(self.dtype(value))
     if isinstance(value, (torch.device, torch.layout, torch.memory_format)): return "None"
@@ -231,14 +236,17 @@ def expression(self: _Lines, node, first=None):
     if key is None: raise LookupError("no equal is known")
     if key.startswith("as_strided") and not _is_whole(node.args[0]): raise ValueError(
         "its steps are those of memory that holds more than this tensor, or in another order")
-    arguments = [self.text(value) for value in (*node.args, *_defaults(node, key))]
+    cast = self.autocast(node, key)
+    arguments = [self.text(value, cast) for value in (*node.args, *_defaults(node, key))]
     if first is not None: arguments[0] = first
     for place, name in self.replaced.get(node, {}).items():
         arguments[place:place + 1] = [self.state.place_of(name)]
-    named = {name: self.text(value) for name, value in node.kwargs.items()
+    named = {name: self.text(value, cast) for name, value in node.kwargs.items()
              if name not in _LEFT_OUT}
+    self.inside[node] = arguments[0] if arguments else ""
     if key in self.own_names:
         return _call(self.own_names[key], arguments, named)
+    if key in _CONVOLUTIONS and not cast: self.pad_itself(node, _CONVOLUTIONS[key], arguments)
     if key in _FLAGS and len(arguments) > _FLAGS[key]:
         arguments[_FLAGS[key]] = self.mode(node, key, node.args[_FLAGS[key]])
     plain = self.plain(node, key, arguments, named)
@@ -266,6 +274,39 @@ def item(self: _Lines, node, first=None):
     source, index = node.args
     if first is None: return f"{self.name[source]}[{index}]"
     return f"{self.expression(source, first)}[{index}]"
+
+# %% ../../nbs/28_graphs.ipynb #ae05e781
+_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+
+@patch
+def pad_itself(self: _Lines, node, n, arguments):
+    "Let a convolution put zeros around its input, where nothing but convolutions reads these."
+    source = self.itself(node.args[0])
+    pairs = _zeros_around(source)
+    if pairs is None or len(pairs) > n or self.version.get(source): return
+    if not all(map(_has_numbers, source.users)): return
+    own = node.args[4] if len(node.args) > 4 else [0]
+    own = own * n if len(own) == 1 else own
+    pairs = ((0, 0),) * (n - len(pairs)) + pairs
+    self.joined.add(source)
+    arguments[0] = self.inside[source]
+    arguments[4] = repr(tuple((a + p, b + p) for (a, b), p in zip(pairs, own)))
+
+# %% ../../nbs/28_graphs.ipynb #33a22bef
+def _zeros_around(node):
+    "The pairs of zeros that a call puts around the last axes; None where it does something else."
+    if node.op != "call_function" or not hasattr(node.target, "_schema"): return None
+    if _operation_name(node) not in ("pad", "constant_pad_nd") or node.kwargs: return None
+    amounts, *rest = node.args[1:]
+    is_plain = all(isinstance(amount, int) and amount >= 0 for amount in amounts)
+    if not is_plain or any(value not in ("constant", 0, None) for value in rest): return None
+    return tuple(zip(amounts[::2], amounts[1::2]))[::-1]
+
+def _has_numbers(node):
+    "Whether a node is a convolution that is padded by numbers."
+    is_call = node.op == "call_function" and hasattr(node.target, "_schema")
+    if not is_call or _operation_name(node) not in _CONVOLUTIONS: return False
+    return len(node.args) < 5 or all(isinstance(amount, int) for amount in node.args[4])
 
 # %% ../../nbs/28_graphs.ipynb #66e29154
 @patch
@@ -488,7 +529,7 @@ def in_place(self: _Lines, node):
     if _operation_name(node) == "detach": return
     before = self.read(target)
     value = self.value(node)
-    if self.is_count(target): value = self.counted(node, before)
+    if self.is_count(target): value = self.counted(node, before, value)
     self.put(node, target, value)
 
 @patch
@@ -496,9 +537,11 @@ def is_count(self: _Lines, node):
     return self.state_nodes.get(self.itself(node), "").endswith("num_batches_tracked")
 
 @patch
-def counted(self: _Lines, node, before):
+def counted(self: _Lines, node, before, after):
     "A norm counts the batches of its own training."
     owner = self.state.owner(self.state_nodes[self.itself(node.args[0])].rpartition(".")[0])
+    if _operation_name(node) == "copy":
+        return self.emit(node, f"{after} if {owner}.training else {before}")
     return self.emit(node, f"{before} + int({owner}.training)")
 
 # %% ../../nbs/28_graphs.ipynb #6184777d
@@ -557,16 +600,18 @@ def block(self: _Lines, node):
     kind, arguments = str(node.target), list(node.args)
     at = next((i for i, a in enumerate(arguments) if getattr(a, "op", "") == "get_attr"), None)
     known = ("set_grad_enabled", "autocast", "checkpoint", "wrap", "invoke_subgraph")
-    casts = "autocast" in kind and arguments[2] and arguments[0] == "cpu"
     body = None if at is None else getattr(node.graph.owning_module, arguments[at].target)
-    if casts: return self.refuse_block(node, body, "autocast", _CASTS)
     if body is None or not any(word in kind for word in known):
         return self.refuse_block(node, body, f"control flow ({kind})", _BRANCHES)
     outer = [a for a in arguments[at + 1:] if "invoke" not in kind or not isinstance(a, str)]
     for inner, value in zip((n for n in body.graph.nodes if n.op == "placeholder"), outer):
         if isinstance(value, self.torch.fx.Node): self.same[inner] = value
         else: self.name[inner] = repr(value)
+    before = self.casting
+    if "autocast" in kind and arguments[0] == "cpu":
+        self.casting = arguments[2] and (arguments[1] or self.torch.bfloat16) or None
     result = self.graph(body.graph)
+    self.casting = before
     result = result if isinstance(result, (tuple, list)) else (result,)
     self.results[node] = result, "set_grad_enabled" in kind and not arguments[0]
 
@@ -580,7 +625,6 @@ def refuse_block(self: _Lines, node, body, what, remedy):
     self.space[self.name[node]] = self.stand_in(node)
 
 _BRANCHES = "write it with where, or give an MLX module for what holds it in modules={...}"
-_CASTS = "leave it out, or enabled=False, and convert the network in the dtype that it should have"
 
 # %% ../../nbs/28_graphs.ipynb #d4ff1efa
 @patch
@@ -595,6 +639,47 @@ def adopt(self: _Lines, node, results, is_detached, index):
         self.parent[node] = inner
         self.version[node] = self.version.get(self.bottom(inner), 0)
         self.name[node] = self.emit(node, f"mx.stop_gradient({self.read(inner)})")
+
+# %% ../../nbs/28_graphs.ipynb #15c51ff3
+_CAST = {*_CONVOLUTIONS, *(f"conv_transpose{n}d" for n in (1, 2, 3)), "convolution", "linear",
+         "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "prelu",
+         "scaled_dot_product_attention", "prod", "cdist", "max_pool3d",
+         "avg_pool3d", "adaptive_avg_pool3d", "grid_sampler", "pad", "reflection_pad1d",
+         "replication_pad1d", "replication_pad2d", "replication_pad3d", "mse_loss", "l1_loss",
+         "smooth_l1_loss", "huber_loss", *(name for name in OPERATIONS if name.startswith("fft_")),
+         "stft", "stft_center", "istft", "nll_loss", "nll_loss2d", "nll_loss_nd", "kl_div",
+         "trace", "polar", "view_as_complex", "conv_tbc", "linalg_matmul", "linalg_multi_dot",
+         "linalg_vecdot", "chain_matmul", "inner", "tensordot"}  # on CPUs
+_CAST_INSIDE = {"affine_grid_generator", "bilinear", *(name for name in OPERATIONS if re.match(
+    "(lstm|gru|rnn_tanh|rnn_relu)(_cell)?$", name))}  # of several operations
+
+@patch
+def autocast(self: _Lines, node, key):
+    "The dtype in which autocast hands tensors to an operation; None where it does not care."
+    value = node.meta.get("val")
+    if self.casting is not None and key in _CAST_INSIDE: raise ValueError(
+        "autocast computes parts of it in another dtype, which is not known here")
+    if self.casting is None or key not in _CAST or not hasattr(value, "dtype"): return None
+    return value.dtype if value.is_floating_point() else self.torch.float32
+
+@patch
+def cast(self: _Lines, node, dtype):
+    "The name of a node's value, or what casts it."
+    name, value = self.read(node), node.meta.get("val")
+    if dtype is None or not isinstance(value, self.torch.Tensor): return name
+    if not value.is_floating_point() or value.dtype in (dtype, self.torch.float64): return name
+    return f"{name}.astype({_dtype_name(self.dtype(dtype))})"
+
+@patch
+def is_autocast(self: _Lines, node):
+    "Whether a result has not the dtype of what it was made of."
+    source = node.args[0] if node.target is operator.getitem else node
+    values = [n.meta.get("val") for n in source.all_input_nodes]
+    dtypes = [v.dtype for v in values if hasattr(v, "is_floating_point") and v.is_floating_point()
+              and v.ndim]
+    expected = node.meta["val"].dtype
+    return bool(dtypes) and expected.is_floating_point and expected != reduce(
+        self.torch.promote_types, dtypes)
 
 # %% ../../nbs/28_graphs.ipynb #9e41f5a6
 def _needed(lines, last):

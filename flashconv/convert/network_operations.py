@@ -20,7 +20,7 @@ from flashconv.convert.leaves import (
     AlphaDropout, AvgPool, ChannelShuffle, Fold, MaxPool, PixelUnshuffle, Unfold, Upsample, _views,
     _wide)
 from .models import AdaptivePool, PixelShuffle
-from .operations import OPERATIONS, _axis, _is_array, _norm, _operation
+from .operations import OPERATIONS, _axis, _is_array, _is_real, _norm, _operation
 from .operations import _unfold as _windows
 
 # %% ../../nbs/27_network_operations.ipynb #910accd1
@@ -29,8 +29,11 @@ def _linear(x, weight, bias=None):
     if bias is None: return x @ weight.T
     return x @ weight.T + bias if x.ndim == 1 else mx.addmm(bias, x, weight.T)
 
-@_operation("addmm", "baddbmm", "addmv", "addbmm")
+@_operation("addmm", "baddbmm", "addmv")
 def _addmm(c, a, b, *, beta=1, alpha=1): return beta * c + alpha * (a @ b)
+
+@_operation("addbmm")
+def _addbmm(c, a, b, *, beta=1, alpha=1): return beta * c + alpha * mx.sum(a @ b, 0)
 
 def _product(a, b):
     "A product of matrices. Whole numbers, which MLX does not multiply so, are summed."
@@ -61,6 +64,14 @@ def _cosine_similarity(a, b, dim=1, eps=1e-8):
     sizes = (mx.maximum(_norm(v, 2, dim, True), eps) for v in (a, b))
     left, right = (v / size for v, size in zip((a, b), sizes))
     return mx.sum(left * right, dim)
+
+# %% ../../nbs/27_network_operations.ipynb #d4ca9437
+OPERATIONS |= {
+    "linalg_matmul": _product, "inner": mx.inner, "addr": lambda c, a, b, *, beta=1, alpha=1:
+    beta * c + alpha * mx.outer(a, b), "linalg_vecdot": lambda a, b, *, dim=-1: mx.sum(
+        (mx.conj(a) if a.dtype == mx.complex64 else a) * b, dim),
+    "linalg_multi_dot": lambda arrays: reduce(_product, arrays),
+    "chain_matmul": lambda arrays: reduce(_product, arrays)}
 
 # %% ../../nbs/27_network_operations.ipynb #e0894f31
 def _causal(queries, keys): return mx.tril(mx.ones((queries, keys), mx.bool_))
@@ -138,6 +149,13 @@ def _convolution(x, weight, bias, stride, padding, dilation, transposed, more, g
     if transposed:
         return _conv_transpose(n)(x, weight, bias, stride, padding, more, groups, dilation)
     return _conv(n)(x, weight, bias, stride, padding, dilation, groups)
+
+# %% ../../nbs/27_network_operations.ipynb #ffe8c500
+@_operation("conv_tbc")
+def _conv_tbc(x, weight, bias, pad=0):
+    "A convolution whose axes are time, batch and channels."
+    y = functional.conv1d(x.transpose(1, 2, 0), weight.transpose(2, 1, 0), bias, 1, pad)
+    return y.transpose(2, 0, 1)
 
 # %% ../../nbs/27_network_operations.ipynb #e8ff299d
 def _by_channel(values, x): return values.reshape(-1, *(1,) * (x.ndim - 2))
@@ -502,8 +520,85 @@ def _smooth_l1(a, b, beta=1.0):
     if beta == 0: return size
     return mx.where(size < beta, 0.5 * size * size / beta, size - 0.5 * beta)
 
+def _with_logits(x, target, weight=None, pos_weight=None):
+    positive = 1 if pos_weight is None else 1 + (pos_weight - 1) * target
+    each = (1 - target) * x + positive * mx.logaddexp(mx.array(0, x.dtype), -x)
+    return each if weight is None else each * weight
+
+@_operation("binary_cross_entropy_with_logits")
+def _binary(x, target, weight=None, pos_weight=None, reduction=1):
+    return _loss(_with_logits)(x, target, reduction, weight, pos_weight)
+
+def _triplet(anchor, positive, negative, margin=1.0, p=2.0, eps=1e-6, swap=False):
+    distance = OPERATIONS["pairwise_distance"]
+    near, far = distance(anchor, positive, p, eps), distance(anchor, negative, p, eps)
+    if swap: far = OPERATIONS["minimum"](far, distance(positive, negative, p, eps))
+    return OPERATIONS["clamp_min"](margin + near - far, 0)
+
+@_operation("triplet_margin_loss")
+def _triplet_loss(anchor, positive, negative, margin=1.0, p=2.0, eps=1e-6, swap=False, reduction=1):
+    return _loss(_triplet)(anchor, positive, reduction, negative, margin, p, eps, swap)
+
+@_operation("kl_div")
+def _kl_div(x, target, reduction=1, *, log_target=False):
+    if log_target: return _loss(lambda a, b: mx.exp(b) * (b - a))(x, target, reduction)
+    return _loss(lambda a, b: OPERATIONS["xlogy"](b, b) - b * a)(x, target, reduction)
+
 OPERATIONS |= {"mse_loss": _loss(lambda a, b: mx.square(a - b)), "huber_loss": _loss(_huber),
                "l1_loss": _loss(lambda a, b: mx.abs(a - b)), "smooth_l1_loss": _loss(_smooth_l1)}
+
+# %% ../../nbs/27_network_operations.ipynb #06a7e05d
+@mx.custom_function
+def _bounded_entropy(x, target):
+    return -(target * mx.maximum(mx.log(x), -100) + (1 - target) * mx.maximum(mx.log1p(-x), -100))
+
+@_bounded_entropy.vjp
+def _(arrays, cotangent, result):
+    x, target = arrays
+    toward_x = cotangent * (x - target) / mx.maximum((1 - x) * x, 1e-12)
+    return toward_x, cotangent * (mx.log1p(-x) - mx.log(x))
+
+@_operation("binary_cross_entropy")
+def _binary_entropy(x, target, weight=None, reduction=1):
+    factor = 1 if weight is None else weight
+    return _loss(lambda a, b: _bounded_entropy(a, b) * factor)(x, target, reduction)
+
+# %% ../../nbs/27_network_operations.ipynb #7559f577
+@_operation("nll_loss", "nll_loss2d", "nll_loss_nd")
+def _nll_loss(x, target, weight=None, reduction=1, ignore_index=-100):
+    "What log-probabilities, along axis 1 if there are several, say of the right classes."
+    axis, is_kept = min(x.ndim - 1, 1), target != ignore_index
+    places = mx.expand_dims(mx.where(is_kept, target, 0), axis)
+    each = -mx.squeeze(mx.take_along_axis(x, mx.stop_gradient(places), axis), axis)
+    count = is_kept.astype(x.dtype)
+    if weight is not None: count = count * weight[mx.squeeze(places, axis)]
+    return _weighed(mx.where(is_kept, each * count, 0), count, reduction)
+
+def _weighed(each, count, reduction):
+    if reduction == 0: return each
+    return mx.sum(each) / mx.sum(count) if reduction == 1 else mx.sum(each)
+
+OPERATIONS |= {name: lambda *arguments: (_nll_loss(*arguments), None)
+               for name in ("nll_loss_forward", "nll_loss2d_forward")}
+
+@_operation("cross_entropy_loss")
+def _cross_entropy(x, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0):
+    "Of classes by number or by probability, after a softmax."
+    axis = min(x.ndim - 1, 1)
+    logs, n = OPERATIONS["log_softmax"](x, axis), x.shape[axis]
+    factor = 1 if weight is None else weight.reshape(-1, *(1,) * (x.ndim - axis - 1))
+    if _is_real(target):
+        target = target * (1 - label_smoothing) + label_smoothing / n
+        each = -mx.sum(logs * factor * target, axis)
+        return _weighed(each, mx.ones(each.shape, each.dtype), reduction)
+    right = _nll_loss(logs, target, weight, reduction, ignore_index)
+    if label_smoothing == 0: return right
+    is_kept = target != ignore_index
+    others = mx.where(is_kept, -mx.sum(logs * factor, axis), 0)
+    count = is_kept.astype(x.dtype)
+    if weight is not None: count = count * weight[mx.where(is_kept, target, 0)]
+    others = _weighed(others, count, reduction)
+    return (1 - label_smoothing) * right + label_smoothing / n * others
 
 # %% ../../nbs/27_network_operations.ipynb #d8c55b8b
 def _lstm_step(x, weight, bias, state):
@@ -555,6 +650,17 @@ def _recurrent(step, count):
     return apply
 
 # %% ../../nbs/27_network_operations.ipynb #c9309b6f
+def _cell(step, count):
+    "One step of a recurrent network."
+    def apply(x, state, inner, outer, inner_bias=None, outer_bias=None):
+        bias = [0 if b is None else b for b in (inner_bias, outer_bias)]
+        state = step(x @ inner.T + bias[0], outer, bias[1], state if count > 1 else (state,))
+        return state if count > 1 else state[0]
+    return apply
+
+OPERATIONS |= {"lstm_cell": _cell(_lstm_step, 2), "gru_cell": _cell(_gru_step, 1),
+               "rnn_tanh_cell": _cell(_rnn_step(mx.tanh), 1),
+               "rnn_relu_cell": _cell(_rnn_step(lambda x: mx.maximum(x, 0)), 1)}
 OPERATIONS |= {"lstm": _recurrent(_lstm_step, 2), "gru": _recurrent(_gru_step, 1),
                "rnn_tanh": _recurrent(_rnn_step(mx.tanh), 1),
                "rnn_relu": _recurrent(_rnn_step(lambda x: mx.maximum(x, 0)), 1)}

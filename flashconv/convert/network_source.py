@@ -10,13 +10,14 @@ import base64
 import re
 import zlib
 from dataclasses import dataclass, field
+from keyword import kwlist
 
 import mlx.core as mx
 import numpy as np
 from fastcore.basics import patch
 
 from .graphs import _dtype_name
-from .programs import ExportedNetwork, Part, _Leaf
+from .programs import ExportedNetwork, Part, _Leaf, _count
 
 # %% ../../nbs/26_source.ipynb #d75045a0
 @dataclass(eq=False)
@@ -80,8 +81,8 @@ class _Method:
 
 _NUMBER = re.compile(r"(?<![\w.'\[])(\((?:-?[\d.]+(?:e-?\d+)?, ?)+(?:-?[\d.]+(?:e-?\d+)?)?\)"
                      r"|(?<!: )-?\d[\d.]*(?:e[-+]?\d+)?)(?![\w.:\]])")
-_TAKEN = {"x", "self", "mx", "ops", "math", "write", "functional", "float", "int", "max", "min",
-          "abs", "round", "inf", "nan", "view", "input"}  # what a line may need under its own name
+_TAKEN = {*kwlist, "x", "self", "mx", "ops", "math", "write", "functional", "float", "int", "max",
+          "min", "abs", "round", "inf", "nan", "view", "input"}  # what a line may need as it is
 
 def _stem(name):
     "A short name for what a line makes."
@@ -361,17 +362,19 @@ def _constants(model):
 # %% ../../nbs/26_source.ipynb #27c3889b
 def _flat(script):
     "One class whose two modes are two methods."
-    bodies = []
-    for name, text in script["flat"].items():
+    bodies, results = [], {}
+    for name, (text, structure) in script["flat"].items():
+        results[name] = _given(structure, (f"y[{i}]" for i in range(_count(structure))))
         lines = text.rstrip().replace("def forward(", f"def {name}(", 1).splitlines()
         bodies.append("\n".join("    " + line for line in lines))
     signature, expressions = _signature(script)
     arrays = [e for e, (is_array, _) in zip(expressions, script["leaves"]) if is_array]
-    values = iter(f"y[{i}]" for i in range(script["count"]))
     call = [f"    def __call__({', '.join(signature)}):",
-            "        forward = self.in_training if self.training else self.in_evaluation",
-            f"        y = forward({', '.join(arrays)})",
-            f"        return {_given(script['structures'][1], values)}"]
+            "        if self.training:",
+            f"            y = self.in_training({', '.join(arrays)})",
+            f"            return {results['in_training']}",
+            f"        y = self.in_evaluation({', '.join(arrays)})",
+            f"        return {results['in_evaluation']}"]
     kind = re.sub(r"\W", "_", script["kinds"][""] or "Network")
     return [f"class {kind}(Part):\n" + "\n".join(call) + "\n\n" + "\n\n".join(bodies) + "\n"], {
         "": (kind, {})}

@@ -108,6 +108,25 @@ OPERATIONS |= {
     "angle": lambda x: mx.arctan2(mx.imag(x), mx.real(x)) if x.dtype == mx.complex64
     else mx.where(mx.isnan(x), x, mx.where(x < 0, math.pi, 0.0))}
 
+# %% ../../nbs/24_operations.ipynb #237c0c49
+OPERATIONS |= {alias: OPERATIONS[name] for alias, name in (
+    ("arcsin", "asin"), ("arccos", "acos"), ("arctan", "atan"), ("arctan2", "atan2"),
+    ("arcsinh", "asinh"), ("arccosh", "acosh"), ("arctanh", "atanh"), ("conj_physical", "_conj"),
+    ("special_exp2", "exp2"), ("special_sinc", "sinc"), ("special_round", "round"),
+    ("special_erfinv", "erfinv"))}
+OPERATIONS |= {"rad2deg": lambda x: x * (180 / math.pi), "ldexp": lambda x, n: x * mx.power(2.0, n)}
+
+@_operation("xlogy", "special_xlogy")
+def _xlogy(a, b):
+    "a log b, and 0 where a is 0."
+    a, b = (v if _is_array(v) else mx.array(v, other.dtype) for v, other in ((a, b), (b, a)))
+    is_free = mx.logical_and(a == 0, mx.logical_or(b <= 0, b == math.inf))
+    return a * mx.log(mx.where(is_free, 1, b))
+
+@_operation("heaviside")
+def _heaviside(x, values):
+    return mx.stop_gradient(mx.where(x == 0, values, (x > 0).astype(x.dtype)))
+
 # %% ../../nbs/24_operations.ipynb #2ee2e1b0
 def _shared_tie(function):
     "`function` of two arrays; where they are equal, each has half of the gradient."
@@ -454,6 +473,38 @@ OPERATIONS |= {
     "sym_size": lambda x, dim: x.shape[dim], "sym_numel": lambda x: x.size,
     "atleast_1d": mx.atleast_1d, "atleast_2d": mx.atleast_2d, "atleast_3d": mx.atleast_3d}
 
+# %% ../../nbs/24_operations.ipynb #06e7e150
+def _split_along(dim):
+    "A split into equal parts, or at places, along an axis that the name says."
+    return lambda x, parts: _tensor_split(x, parts, 0 if x.ndim == 1 and dim == 1 else dim)
+
+OPERATIONS |= {alias: OPERATIONS[name] for alias, name in (
+    ("adjoint", "mH"), ("matrix_H", "mH"), ("row_stack", "vstack"), ("unsafe_split", "split"),
+    ("unsafe_split_with_sizes", "split_with_sizes"), ("unsafe_chunk", "chunk"))}
+OPERATIONS |= {
+    "vsplit": _split_along(0), "hsplit": _split_along(1), "dsplit": _split_along(2),
+    "fliplr": lambda x: _flip(x, [1]), "flipud": lambda x: _flip(x, [0]),
+    "dstack": lambda arrays: _cat([mx.atleast_3d(array) for array in arrays], 2),
+    "ravel": lambda x: x.reshape(-1), "diagflat": lambda x, k=0: mx.diag(x.reshape(-1), k)}
+
+@_operation("sum_to_size")
+def _sum_to_size(x, shape):
+    new = x.ndim - len(shape)
+    axes = [i for i in range(x.ndim) if i < new or shape[i - new] == 1 != x.shape[i]]
+    return (mx.sum(x, axes, keepdims=True) if axes else x).reshape(shape)
+
+@_operation("block_diag")
+def _block_diag(arrays):
+    "Matrices in a row from corner to corner, zeros elsewhere."
+    arrays = [array.reshape(-1, *array.shape[-1:]) if array.ndim < 2 and array.ndim
+              else mx.atleast_2d(array) for array in arrays]
+    columns, before, rows = sum(a.shape[1] for a in arrays), 0, []
+    for array in arrays:
+        after = columns - before - array.shape[1]
+        rows.append(mx.pad(array, [(0, 0), (before, after)]))
+        before += array.shape[1]
+    return mx.concatenate(rows)
+
 # %% ../../nbs/24_operations.ipynb #c2a4561c
 def _masks(indices):
     return [index for index in indices if _is_array(index) and index.dtype == mx.bool_]
@@ -600,6 +651,41 @@ OPERATIONS |= {
     "take_along_dim": lambda x, index, dim: mx.take_along_axis(x, mx.stop_gradient(index), dim),
     "one_hot": lambda index, n: (index[..., None] == mx.arange(n)).astype(mx.int64)}
 
+# %% ../../nbs/24_operations.ipynb #dd892bff
+@_operation("masked_scatter")
+def _masked_scatter(x, mask, source):
+    "Values of a source, one after the other, where a mask is true."
+    mask = mx.broadcast_to(mask, x.shape)
+    places = mx.maximum(mx.cumsum(mask.reshape(-1).astype(mx.int32)) - 1, 0).reshape(x.shape)
+    return mx.where(mask, source.reshape(-1)[mx.stop_gradient(places)], x)
+
+@_operation("diagonal_scatter")
+def _diagonal_scatter(x, values, offset=0, dim1=0, dim2=1):
+    return write(x, lambda view: mx.diagonal(view, offset, dim1, dim2), values)
+
+@_operation("isin")
+def _isin(x, values, *, assume_unique=False, invert=False):
+    x, values = (v if _is_array(v) else mx.array(v) for v in (x, values))
+    found = mx.any(x[..., None] == values.reshape(-1), -1)
+    return mx.logical_not(found) if invert else found
+
+@_operation("searchsorted")
+def _searchsorted(rows, x, *, out_int32=False, right=False, side=None, **_):
+    "Where values belong in sorted rows, or in one row for all."
+    x = x if _is_array(x) else mx.array(x, rows.dtype)
+    rows = rows if rows.ndim == 1 else rows[..., None, :]
+    right = right or side == "right"
+    passed = rows <= x[..., None] if right else rows < x[..., None]
+    return mx.sum(passed, -1).astype(mx.int32 if out_int32 else mx.int64)
+
+# %% ../../nbs/24_operations.ipynb #9e878a23
+@_operation("repeat_interleave_self_Tensor")
+def _repeat_interleave(x, repeats, dim=None, *, output_size=None):
+    "Each entry along an axis as often as an array says; the size has to be known."
+    if dim is None: x, dim = x.reshape(-1), 0
+    ends = mx.cumsum(mx.broadcast_to(repeats, (x.shape[_axis(dim, x.ndim)],)))
+    return mx.take(x, _searchsorted(ends, mx.arange(output_size), right=True), dim)
+
 # %% ../../nbs/24_operations.ipynb #105650db
 @_operation("embedding")
 def _embedding(weight, index, padding_idx=-1, *_):
@@ -700,6 +786,30 @@ def _norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
     root = mx.power(mx.where(total == 0, 1, total), 1 / ord)
     return mx.where(total == 0, 0, mx.sqrt(mx.where(total == 0, 1, total)) if ord == 2 else root)
 
+# %% ../../nbs/24_operations.ipynb #542292c9
+@_operation("linalg_norm")
+def _linalg_norm(x, ord=None, dim=None, keepdim=False, *, dtype=None):
+    "A norm of vectors; of matrices those that sum absolute values or squares."
+    x, axes = x if dtype is None else x.astype(dtype), _axes(dim, x.ndim)
+    if ord is None or len(axes) == 1: return _norm(x, 2 if ord is None else ord, dim, keepdim)
+    return _matrix_norm(x, ord, axes, keepdim)
+
+@_operation("linalg_norm_ord_str", "linalg_matrix_norm_str_ord", "linalg_matrix_norm")
+def _matrix_norm(x, ord="fro", dim=(-2, -1), keepdim=False, *, dtype=None):
+    x = x if dtype is None else x.astype(dtype)
+    axes = _axes((-2, -1) if dim is None else dim, x.ndim)
+    if ord == "fro": return _norm(x, 2, axes, keepdim)
+    if ord not in (1, -1, math.inf, -math.inf): raise ValueError(f"a norm of order {ord!r}")
+    sums = mx.sum(mx.abs(x), axes[abs(ord) != 1], keepdims=True)
+    y = (_truth(mx.max) if ord > 0 else _truth(mx.min))(sums, axes, True)
+    return y if keepdim else mx.squeeze(y, axes)
+
+OPERATIONS |= {
+    "frobenius_norm": lambda x, dim=None, keepdim=False: _norm(x, 2, dim, keepdim),
+    "dist": lambda a, b, p=2.0: _norm(a - b, p),
+    "pairwise_distance": lambda a, b, p=2.0, eps=1e-6, keepdim=False: _norm(
+        a - b + eps, p, -1, keepdim)}
+
 # %% ../../nbs/24_operations.ipynb #0ecf1f25
 def _sorted_places(x, dim, descending):
     "Where the values stand in order; equal ones keep theirs."
@@ -769,3 +879,32 @@ def _softmax(x, dim, dtype=None, **_):
 def _log_softmax(x, dim, dtype=None, **_):
     x = x.astype(dtype) if isinstance(dtype, mx.Dtype) else x
     return (_wide(x) - mx.logsumexp(_wide(x), dim, keepdims=True)).astype(x.dtype)
+
+# %% ../../nbs/24_operations.ipynb #bc9524c8
+def _running_best(function):
+    "The largest or smallest value so far, and its last place."
+    def apply(x, dim):
+        if not x.ndim: return x, mx.zeros((), mx.int64)
+        axis = _axis(dim, x.ndim)
+        count = mx.arange(x.shape[axis]).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+        values = mx.stop_gradient(function(x, axis))
+        is_nan = mx.cumsum(mx.isnan(x), axis) > 0
+        is_new = mx.where(is_nan, mx.isnan(x), x == values)
+        places = mx.cummax(mx.where(is_new, count, 0), axis).astype(mx.int64)
+        return mx.take_along_axis(x, mx.stop_gradient(places), axis), places
+    return apply
+
+OPERATIONS |= {"cummax": _running_best(mx.cummax), "cummin": _running_best(mx.cummin),
+               "msort": lambda x: _sort(x, 0)[0]}
+
+def _without_nan(x): return mx.where(mx.isnan(x), 0, x)
+
+@_operation("nansum")
+def _nansum(x, dim=None, keepdim=False, *, dtype=None):
+    return OPERATIONS["sum"](_without_nan(x), dim, keepdim, dtype=dtype)
+
+@_operation("nanmean")
+def _nanmean(x, dim=None, keepdim=False, *, dtype=None):
+    count = mx.sum(mx.logical_not(mx.isnan(x)), _axes(dim, x.ndim), keepdims=keepdim)
+    total = _nansum(x, dim, keepdim, dtype=dtype)
+    return total / count.astype(total.dtype)

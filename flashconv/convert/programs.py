@@ -16,6 +16,7 @@ import re
 import sys
 import sysconfig
 import warnings
+from keyword import iskeyword
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/25_programs.ipynb #20c78f8a
 from ..algorithms.explain import _watched
+from .decompositions import _recomposed
 from .graph_folding import _GraphFolding
 from .graphs import (
     _OPS, _FLAGS, _Lines, _found, _hint, _needed, _operation_name)
@@ -76,9 +78,9 @@ _RESERVED = {"self", "kind", "names", "buffers", "frozen"}  # what the construct
 
 def _key(name, taken):
     "The key under which MLX finds what PyTorch calls `name`."
-    key = name.lstrip("_") or "x"
-    if key.isdigit(): key = f"item_{key}"
-    if hasattr(Part, key) or key in _RESERVED: key += "_"
+    key = re.sub(r"\W", "_", name).lstrip("_") or "x"
+    if key[0].isdigit(): key = f"item_{key}"
+    if iskeyword(key) or hasattr(Part, key) or key in _RESERVED: key += "_"
     while key != name and key in taken: key += "_"
     return key
 
@@ -844,6 +846,7 @@ def _parameter_names(model):
 # %% ../../nbs/25_programs.ipynb #d9ff1200
 def _from_exported(exported, own, torch, fold):
     "A network made of an exported program, whose flags follow the mode."
+    exported = _recomposed(exported, own, torch)
     kinds, slots = _of_exported(exported)
     folding = _GraphFolding(exported, own, torch) if fold else None
     if fold and folding.training: raise ValueError(_IN_TRAINING.format(folding.training))
@@ -930,7 +933,7 @@ def _script(tree, programs, lines):
     owners = {path: tree.text(keys) for path, keys in tree.keys.items()}
     results = lines[mode].results_text
     script = {"kinds": tree.kinds, "owners": owners, "states": state, "results": results,
-              "structures": program.structures, "puts": puts, "count": len(results),
+              "structures": program.structures, "puts": puts,
               "leaves": [(i.shape is not None, i.value) for i in program.inputs]}
     agreed = {}
     if len(found) == 2:
@@ -943,7 +946,8 @@ def _script(tree, programs, lines):
     script["lines"] = [(name, (agreed or {}).get(name, value)) for name, value in pairs]
     script["stacks"] = [stacks[line] for line in kept]
     if agreed is None: script["flat"] = {
-        "in_training" if m else "in_evaluation": programs[m].text for m in found}
+        "in_training" if m else "in_evaluation": (programs[m].text, programs[m].structures[1])
+        for m in found}
     return script
 
 # %% ../../nbs/25_programs.ipynb #dfa70eb1
@@ -1037,6 +1041,7 @@ def became(self: _Lines, node):
     key = _found(node, self.own)
     if key is None: return "nothing: it has no equal"
     if key in self.own: return f"operations[{key!r}]"
+    if node in self.joined: return "padding of convolutions"
     if not key.startswith("conv"): return f"ops.{key}"
     runs = _watched(lambda: eval(self.expressions[node], self.space))
     return ", ".join([f"functional.{key}", *sorted({run[0] for run in runs})])
