@@ -15,7 +15,8 @@ import mlx.core as mx
 from flashconv.algorithms.choice import (
     ALGORITHMS, FOR_WEIGHTS, allow_fft, choose, choose_for_weight, fft_is_allowed, follows_rule,
     kernels_turn, watchers)
-from .kernel import kernel, kernel_weight_gradient
+from .kernel import (
+    complex_kernel, complex_weight_gradient, kernel, kernel_weight_gradient)
 from .native import as_convolution
 from .record import backend
 from .taps import added, in_full_precision
@@ -34,7 +35,9 @@ def convolve(
     "Run a checked convolution by the algorithm that is chosen for it."
     if x.size and (turn := kernels_turn(g, w.shape, x.dtype, force)):
         _note(*turn, x, w, g)
-        return kernel(x, w, g, bias)
+        if x.dtype != mx.complex64: return kernel(x, w, g, bias)
+        y = _with_rules(complex_kernel, g, fft_is_allowed())(x, w)
+        return y if bias is None else add_bias(y, bias, g.channels_last)
     if bias is None: return _composed(x, w, g, force)
     y = _composed(x, w, g, force, unrounded=backend() == "cpu")
     return add_bias(y, bias.astype(y.dtype), g.channels_last).astype(x.dtype)
@@ -140,7 +143,8 @@ def weight_gradient(
     shape = kernel_shape[0], swapped.output_shape[0], *g.kernel_size
     if x.size == 0 or cotangent.size == 0: return mx.zeros(shape, x.dtype)
     if kernels_turn(swapped, kernel_shape, x.dtype):
-        return kernel_weight_gradient(x, cotangent, g, shape)
+        if x.dtype != mx.complex64: return kernel_weight_gradient(x, cotangent, g, shape)
+        return _with_rules_for_weights(complex_weight_gradient, g, fft_is_allowed())(x, cotangent)
     found = choose_for_weight(g, shape, x.dtype)
     if found is None: return _by_swapping(x, cotangent, g)
     _note(*found, x, mx.zeros(shape, x.dtype), g)
