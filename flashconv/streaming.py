@@ -75,7 +75,7 @@ _LAZY = _Reading(0, 0, 0, 0, 0,
 def _prepared(layer):
     "The layer's weight, and how it reads a stream."
     if isinstance(layer, _Lazy): return None, _LAZY
-    weight = layer.weight  # once: a parametrized layer computes it
+    weight = layer._kept("weight")  # once: a parametrized layer computes it
     numbers = (type(layer), layer.padding_mode, weight.shape[2], *(
         layer._kept(name) for name in ("stride", "padding", "dilation", "output_padding")))
     try: return weight, _read(*numbers)
@@ -127,7 +127,7 @@ def _stepped(layer, x, state, weight, reading):
                           layer.groups, data_format=layer.data_format)
     return y, _behind(joined, axis, count * stride)
 
-def _behind(x, axis, start): return x[..., start:, :] if axis == -2 else x[..., start:]
+def _behind(x, axis, start): return mx.split(x, [start], axis)[1]  # sooner than by indexing
 
 def _nothing(layer, x, axis):
     shape = list(x.shape)
