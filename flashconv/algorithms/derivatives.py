@@ -144,11 +144,19 @@ def weight_gradient(
     if x.size == 0 or cotangent.size == 0: return mx.zeros(shape, x.dtype)
     if kernels_turn(swapped, kernel_shape, x.dtype):
         if x.dtype != mx.complex64: return kernel_weight_gradient(x, cotangent, g, shape)
-        return _with_rules_for_weights(complex_weight_gradient, g, fft_is_allowed())(x, cotangent)
+        if _is_whole(g, x.shape):
+            return _with_rules_for_weights(
+                complex_weight_gradient, g, fft_is_allowed())(x, cotangent)
     found = choose_for_weight(g, shape, x.dtype)
     if found is None: return _by_swapping(x, cotangent, g)
     _note(*found, x, mx.zeros(shape, x.dtype), g)
     return _with_rules_for_weights(FOR_WEIGHTS[found[0]].run, g, fft_is_allowed())(x, cotangent)
+
+def _is_whole(g, shape):
+    "Whether an output is as long as its input admits: gradients of transposed layers may not be."
+    return g.transposed or g.out == tuple(
+        (i + sum(p) - span) // s + 1
+        for i, p, span, s in zip(g.sizes(shape), g.padding, g.spans, g.stride))
 
 # %% ../../nbs/algorithms/derivatives.ipynb #80fb3da4
 def _by_swapping(x, cotangent, g):
