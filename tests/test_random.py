@@ -58,3 +58,17 @@ def test_processes_that_die(program, seconds, word, failure):
     for _ in range(2):
         assert tuple(worker({}, seconds)) == (word, failure)
     if worker.process: worker.process.kill()
+
+
+FOUND = (  # by `make fuzz`, and mended since
+    {"kind": "conv_transpose", "batch": 1, "in": 1, "seed": 344, "groups": 1, "out": 1, "of": 0,
+     "kw": {"dilation": [1, 2], "output_padding": [0, 1]}, "kernel": [1, 1], "sizes": [1, 1],
+     "dtype": "complex64"},
+)
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_found(case):
+    "What failed once."
+    _, failure = verdict(case)
+    assert failure is None, f"{failure}\n{command(case)}"
