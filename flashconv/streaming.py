@@ -33,7 +33,7 @@ class _Reading(NamedTuple):
     most: int  # and at most
     obstacle: str  # why the layer can't run on a stream; empty if it can
 
-def _kept(transposed, span, stride, before):
+def _lengths(transposed, span, stride, before):
     "The samples that a state holds: at first, at least, at most."
     if transposed: return ((span - 1) // stride,) * 3
     skipped = max(stride - span, 0)  # behind a window and before the next one
@@ -67,7 +67,7 @@ def _read(cls, padding_mode, kernel, stride, padding, dilation, output_padding):
     before, after = of(one if isinstance(one, str) else one[0], kernel, stride, dilation)
     span = effective_kernel_size(kernel, dilation)
     obstacle = _obstacle(cls, padding_mode, padding, before, after - extra, span - stride)
-    return _Reading(span, stride, *_kept(transposed, span, stride, before), obstacle)
+    return _Reading(span, stride, *_lengths(transposed, span, stride, before), obstacle)
 
 _LAZY = _Reading(0, 0, 0, 0, 0,
                  "it has no weight yet: call flashconv.materialize(model, *inputs) first")
@@ -83,7 +83,7 @@ def _prepared(layer):
 
 # %% ../nbs/20_streaming.ipynb #ccc6bb05
 def _checked(layer):
-    "The same. ValueError if it can't run on a stream."
+    "A layer's weight and reading. ValueError if it can't run on a stream."
     weight, reading = _prepared(layer)
     if reading.obstacle: raise ValueError(f"{layer!r} can't run on a stream: {reading.obstacle}")
     return weight, reading

@@ -21,7 +21,7 @@ from .native import as_convolution
 from .record import backend
 from .taps import added, in_full_precision
 from .weights import rearranged, swapped_geometry
-from ..arithmetic import transposed_output_size
+from ..arithmetic import output_size, transposed_output_size
 from ..geometry import Geometry
 
 # %% ../../nbs/algorithms/derivatives.ipynb #f9dc27f8
@@ -154,9 +154,8 @@ def weight_gradient(
 
 def _is_whole(g, shape):
     "Whether an output is as long as its input admits: gradients of transposed layers may not be."
-    return g.transposed or g.out == tuple(
-        (i + sum(p) - span) // s + 1
-        for i, p, span, s in zip(g.sizes(shape), g.padding, g.spans, g.stride))
+    return g.transposed or g.out == output_size(
+        g.sizes(shape), g.kernel_size, g.stride, g.padding, g.dilation)
 
 # %% ../../nbs/algorithms/derivatives.ipynb #80fb3da4
 def _by_swapping(x, cotangent, g):

@@ -9,7 +9,7 @@ __all__ = []
 import copy
 from types import SimpleNamespace
 
-from .graphs import _found, _operation_name
+from .graphs import _found, _is_call, _operation_name
 
 # %% ../../nbs/37_decompositions.ipynb #9d2f3ca6
 def _convolution(torch, x, weight, bias, stride, padding, dilation, transposed, more, groups):
@@ -25,10 +25,9 @@ def _convolution(torch, x, weight, bias, stride, padding, dilation, transposed, 
 # %% ../../nbs/37_decompositions.ipynb #efd044b7
 def _transposed(node):
     "What a node is the transpose of, a matrix; None where it is something else."
-    is_call = node.op == "call_function" and hasattr(node.target, "_schema")
-    name = _operation_name(node) if is_call else ""
-    axes = {"permute": ([1, 0],), "transpose": (0, 1), "t": ()}.get(name)
-    return node.args[0] if axes is not None and tuple(node.args[1:]) == axes else None
+    swaps = {"permute": ([1, 0],), "transpose": (0, 1), "t": ()}
+    if not _is_call(node, swaps): return None
+    return node.args[0] if tuple(node.args[1:]) == swaps[_operation_name(node)] else None
 
 def _addmm(torch, bias, x, right):
     weight = _transposed(right)

@@ -10,7 +10,7 @@ import operator
 
 from fastcore.basics import patch
 
-from .graphs import _found, _memory, _module_of, _operation_name
+from .graphs import _found, _is_call, _memory, _module_of, _operation_name
 from ..folding import Folded, FoldingReport, _scaled
 
 # %% ../../nbs/36_graph_folding.ipynb #fa79f086
@@ -74,10 +74,6 @@ def value(self: _GraphFolding, node):
 
 # %% ../../nbs/36_graph_folding.ipynb #84ca44fc
 _LAYERS = {"linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))}
-
-def _is_call(node, names):
-    return node.op == "call_function" and hasattr(node.target, "_schema") and _operation_name(
-        node) in names
 
 def _argument(node, place): return node.args[place] if place < len(node.args) else None
 

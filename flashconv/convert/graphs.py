@@ -27,6 +27,11 @@ def _operation_name(node):
     if not _is_in_place(node): return name
     return name.replace("__i", "__") if name.endswith("__") else name[:-1]
 
+def _is_call(node, names):
+    "Whether a node calls one of these operations."
+    return node.op == "call_function" and hasattr(node.target, "_schema") and _operation_name(
+        node) in names
+
 def _is_in_place(node):
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable and schema.name.endswith("_")
@@ -183,7 +188,7 @@ def checked(self: _Lines, node, expression, value):
     dtype = self.dtype(expected.dtype)
     if value.dtype == dtype: return expression
     if self.casting is not None and self.is_autocast(node): raise ValueError(
-        f"autocast computes it in another dtype, which is not known here")
+        "autocast computes it in another dtype, which is not known here")
     is_name = re.fullmatch(r"[\w.]+(\(.*\))?", expression)
     return f"{expression if is_name else f'({expression})'}.astype({_dtype_name(dtype)})"
 
@@ -295,8 +300,7 @@ def pad_itself(self: _Lines, node, n, arguments):
 # %% ../../nbs/28_graphs.ipynb #33a22bef
 def _zeros_around(node):
     "The pairs of zeros that a call puts around the last axes; None where it does something else."
-    if node.op != "call_function" or not hasattr(node.target, "_schema"): return None
-    if _operation_name(node) not in ("pad", "constant_pad_nd") or node.kwargs: return None
+    if not _is_call(node, ("pad", "constant_pad_nd")) or node.kwargs: return None
     amounts, *rest = node.args[1:]
     is_plain = all(isinstance(amount, int) and amount >= 0 for amount in amounts)
     if not is_plain or any(value not in ("constant", 0, None) for value in rest): return None
@@ -304,8 +308,7 @@ def _zeros_around(node):
 
 def _has_numbers(node):
     "Whether a node is a convolution that is padded by numbers."
-    is_call = node.op == "call_function" and hasattr(node.target, "_schema")
-    if not is_call or _operation_name(node) not in _CONVOLUTIONS: return False
+    if not _is_call(node, _CONVOLUTIONS): return False
     return len(node.args) < 5 or all(isinstance(amount, int) for amount in node.args[4])
 
 # %% ../../nbs/28_graphs.ipynb #66e29154
@@ -500,8 +503,7 @@ def without(self: _Lines, node, reason):
 def is_unknown(self: _Lines, node):
     "Refuse what depends on values in an array: a number, or how many values there are."
     follows = self.unknown.intersection(node.all_input_nodes)
-    is_number = hasattr(node.target, "_schema") and _operation_name(node) in (
-        "item", "_local_scalar_dense")
+    is_number = _is_call(node, ("item", "_local_scalar_dense"))
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
     if not (follows or is_number or any(map(_is_unknown, values))): return False

@@ -567,12 +567,17 @@ def _binary_entropy(x, target, weight=None, reduction=1):
 @_operation("nll_loss", "nll_loss2d", "nll_loss_nd")
 def _nll_loss(x, target, weight=None, reduction=1, ignore_index=-100):
     "What log-probabilities, along axis 1 if there are several, say of the right classes."
-    axis, is_kept = min(x.ndim - 1, 1), target != ignore_index
-    places = mx.expand_dims(mx.where(is_kept, target, 0), axis)
-    each = -mx.squeeze(mx.take_along_axis(x, mx.stop_gradient(places), axis), axis)
-    count = is_kept.astype(x.dtype)
-    if weight is not None: count = count * weight[mx.squeeze(places, axis)]
+    axis = min(x.ndim - 1, 1)
+    is_kept, places, count = _classes(target, weight, ignore_index, x.dtype)
+    places = mx.stop_gradient(mx.expand_dims(places, axis))
+    each = -mx.squeeze(mx.take_along_axis(x, places, axis), axis)
     return _weighed(mx.where(is_kept, each * count, 0), count, reduction)
+
+def _classes(target, weight, ignore_index, dtype):
+    "Which targets are kept, their classes, and how much each of them counts."
+    is_kept = target != ignore_index
+    places, count = mx.where(is_kept, target, 0), is_kept.astype(dtype)
+    return is_kept, places, count if weight is None else count * weight[places]
 
 def _weighed(each, count, reduction):
     if reduction == 0: return each
@@ -593,10 +598,8 @@ def _cross_entropy(x, target, weight=None, reduction=1, ignore_index=-100, label
         return _weighed(each, mx.ones(each.shape, each.dtype), reduction)
     right = _nll_loss(logs, target, weight, reduction, ignore_index)
     if label_smoothing == 0: return right
-    is_kept = target != ignore_index
+    is_kept, _, count = _classes(target, weight, ignore_index, x.dtype)
     others = mx.where(is_kept, -mx.sum(logs * factor, axis), 0)
-    count = is_kept.astype(x.dtype)
-    if weight is not None: count = count * weight[mx.where(is_kept, target, 0)]
     others = _weighed(others, count, reduction)
     return (1 - label_smoothing) * right + label_smoothing / n * others
 

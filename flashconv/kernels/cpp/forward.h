@@ -14,7 +14,7 @@ namespace flashconv {
 constexpr int64_t TILE_FLOATS = 48 << 10;  // of a packed tile, and of its sums: both stay in L2
 constexpr int64_t CHUNK_FLOATS = 6 << 10;  // of what a block reads again and again: stays in L1
 constexpr int64_t MOST_CHANNELS = 192;     // packed at a time: long rows are read faster
-constexpr int64_t SMALL_TILE = 192;        // places: what is packed for fewer is used too rarely
+constexpr int64_t SMALL_TILE = 192;        // places that are not halved while outputs can be
 constexpr int64_t MOST_SKIPPED = 21;       // taps along an axis: three axes in the bits of a number
 constexpr int64_t FEW_STRIPS = 8;          // uses of a weight that are not worth packing it
 constexpr int64_t PACKED_BLOCKS = 16;      // of weights: long enough to be read along
@@ -678,7 +678,7 @@ inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   share_among_threads(p, plan, threads);
   plan.tiles = count_tiles(p.places(), plan.size);
   const TileShape shape(p.axes, plan.size);
-  plan.channel_size = divide_up(shape.floats, WIDTH) * WIDTH + WIDTH;  // vectors start at lines
+  plan.channel_size = divide_up(shape.floats, WIDTH) * WIDTH + WIDTH;  // none is split
   plan.taps = make_taps(p.axes, shape, p.kernel);
   plan.most_taps = 1;
   for (int64_t f = 0; f < p.phases(); f++)

@@ -28,7 +28,7 @@ inline Convolution join_places(Convolution c) {
   return c;
 }
 
-// What join_places has left in one row an image: images become the axis before it.
+// Where join_places has left a row for each image, images become the axis before it.
 inline void join_images(Problem& p) {
   const bool is_a_row = p.read[0] * p.read[1] == 1 && p.read == p.written;
   if (p.channels_last || p.batch == 1 || product(p.kernel) > 1 || !is_a_row) return;
