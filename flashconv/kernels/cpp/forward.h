@@ -14,8 +14,10 @@ namespace flashconv {
 constexpr int64_t TILE_FLOATS = 48 << 10;  // of a packed tile, and of its sums: both stay in L2
 constexpr int64_t CHUNK_FLOATS = 6 << 10;  // of what a block reads again and again: stays in L1
 constexpr int64_t MOST_CHANNELS = 192;     // packed at a time: long rows are read faster
+constexpr int64_t FEWEST_CHANNELS = 4;     // packed at a time
 constexpr int64_t SMALL_TILE = 192;        // places that are not halved while outputs can be
 constexpr int64_t MOST_SKIPPED = 21;       // taps along an axis: three axes in the bits of a number
+constexpr double LANES_SAVED = 1.05;       // times as many without turned blocks: these pay off
 constexpr int64_t FEW_STRIPS = 8;          // uses of a weight that are not worth packing it
 constexpr int64_t PACKED_BLOCKS = 16;      // of weights: long enough to be read along
 constexpr int64_t PACKED_CHANNELS = 8;     // of a gradient's weights: what is read stays in L1
@@ -29,12 +31,12 @@ struct Plan {
   int64_t blocks_a_task;
   int64_t phases_a_task;      // whole rows of phases
   Three size, tiles;
+  bool is_turned;             // vectors hold outputs of a place, else places of an output
   bool is_flat;               // vectors run across rows, and what they sum between rows is dropped
-  int64_t row_vectors;        // of a row, where they don't
-  bool skips;                 // taps that see nothing but padding, vector by vector
+  bool skips;                 // taps that see nothing but padding, place by place, in turned blocks
   bool is_packed;             // weights; else they are read where they are
   SharedTaps shared;          // of a long kernel
-  std::vector<Spot> spots;    // the vectors of a tile's places
+  std::vector<Spot> spots;    // the vectors of a tile's places, or where blocks are turned, places
   Taps taps;
   int64_t most_taps;          // of a phase
   int64_t channel_size;       // of the packed tile
@@ -44,7 +46,8 @@ struct Plan {
   bool can_split_outputs(int64_t blocks) const {
     return group_block == 1 && blocks_a_task >= blocks;
   }
-  int64_t sums_size() const { return int64_t(spots.size()) * WIDTH; }  // of an output
+  // The sums of an output.
+  int64_t sums_size() const { return int64_t(spots.size()) * (is_turned ? 1 : WIDTH); }
   int64_t tasks(const Problem& p) const {
     return p.batch * group_tasks * product(tiles) * block_tasks * phase_tasks;
   }
@@ -63,20 +66,25 @@ inline int64_t count_vectors(const Problem& p, const Three& size) {
   return std::min(flat_vectors(TileShape(p.axes, size), size), row_vectors(size));
 }
 
-inline void place_vectors(const Problem& p, Plan& plan) {
+// The lanes of an output at `size` places. Turned blocks have lanes for other outputs instead.
+inline int64_t count_lanes(const Problem& p, const Plan& plan, const Three& size) {
+  return plan.is_turned ? product(size) : count_vectors(p, size) * WIDTH;
+}
+
+inline void place_spots(const Problem& p, Plan& plan) {
   const TileShape shape(p.axes, plan.size);
   const int64_t flat = flat_vectors(shape, plan.size);
-  plan.is_flat = flat <= row_vectors(plan.size) && !plan.skips;
-  plan.row_vectors = divide_up(plan.size[2], WIDTH);
+  plan.is_flat = !plan.is_turned && flat <= row_vectors(plan.size);
   if (plan.is_flat) {
     for (int64_t v = 0; v < flat; v++) plan.spots.push_back({v * WIDTH, v * WIDTH});
     return;
   }
+  const int64_t step = plan.is_turned ? 1 : WIDTH;
   for (int64_t d = 0; d < plan.size[0]; d++)
     for (int64_t h = 0; h < plan.size[1]; h++)
-      for (int64_t v = 0; v < plan.row_vectors; v++) {
-        const int64_t sum = int64_t(plan.spots.size()) * WIDTH;
-        plan.spots.push_back({shape.position(d, h) + v * WIDTH, sum});
+      for (int64_t w = 0; w < plan.size[2]; w += step) {
+        const int64_t sum = int64_t(plan.spots.size()) * step;
+        plan.spots.push_back({shape.position(d, h) + w, sum});
       }
 }
 
@@ -88,7 +96,7 @@ inline int64_t choose_chunk(const Problem& p, int64_t rows) {
   const int64_t taps = p.axes[0].first[1] * p.axes[1].first[1] * p.axes[2].first[1];
   const int64_t by_sum = LONGEST_SUM / std::max<int64_t>(1, taps);
   const int64_t by_cache = CHUNK_FLOATS / (lines * places);
-  const int64_t most = std::max<int64_t>(4, std::min({by_sum, by_cache, MOST_CHANNELS}));
+  const int64_t most = std::max(FEWEST_CHANNELS, std::min({by_sum, by_cache, MOST_CHANNELS}));
   return divide_up(p.inputs, divide_up(p.inputs, most));
 }
 
@@ -100,8 +108,9 @@ inline int64_t choose_group_block(const Problem& p) {
 }
 
 inline bool sums_fit(const Problem& p, const Plan& plan) {
-  const int64_t outputs = std::min(p.outputs, plan.blocks_a_task * MAX_ROWS) * plan.group_block;
-  return plan.phases_a_task * outputs * count_vectors(p, plan.size) * WIDTH <= TILE_FLOATS;
+  const int64_t most = plan.blocks_a_task * plan.blocks.largest();
+  const int64_t outputs = std::min(plan.blocks.end(), most) * plan.group_block;
+  return plan.phases_a_task * outputs * count_lanes(p, plan, plan.size) <= TILE_FLOATS;
 }
 
 // Rows of padding are not even packed where taps that see only padding are skipped.
@@ -117,7 +126,7 @@ inline bool tile_fits(const Problem& p, const Plan& plan) {
 inline bool shrink_tile(const Problem& p, Plan& plan) {
   const int64_t places = product(plan.size) * TileShape::planes(p.axes);
   const bool is_mostly_halo = TileShape(p.axes, plan.size).floats > 2 * places;
-  if (is_mostly_halo && plan.chunk > 4 && plan.group_block == 1) {
+  if (is_mostly_halo && plan.chunk > FEWEST_CHANNELS && plan.group_block == 1) {
     plan.chunk = divide_up(plan.chunk, 2);
     return true;
   }
@@ -127,7 +136,7 @@ inline bool shrink_tile(const Problem& p, Plan& plan) {
 // Fewer phases and outputs a task where a tile is small already, else smaller tiles.
 inline bool shrink_sums(const Problem& p, Plan& plan) {
   const int64_t row_of_phases = p.axes[2].phases;
-  const bool is_small = count_vectors(p, plan.size) * WIDTH <= SMALL_TILE;
+  const bool is_small = count_lanes(p, plan, plan.size) <= SMALL_TILE;
   if (p.shared >= 0) return halve(plan.size);
   if (is_small && plan.phases_a_task > row_of_phases) {
     plan.phases_a_task = divide_up(plan.phases_a_task / row_of_phases, 2) * row_of_phases;
@@ -164,14 +173,28 @@ inline int64_t count_tasks(const Problem& p, const Plan& plan) {
 inline void share_among_threads(const Problem& p, Plan& plan, int64_t threads) {
   if (threads == 1 || count_products(p) < 5 * SMALL_WORK) return;
   while (count_tasks(p, plan) < TASKS_A_THREAD * threads) {
-    const int64_t vectors = count_vectors(p, plan.size);
-    if (vectors > 512 / WIDTH && halve(plan.size)) continue;
+    const int64_t lanes = count_lanes(p, plan, plan.size);
+    if (lanes > 512 && halve(plan.size)) continue;
     if (plan.can_split_outputs(4)) {
       plan.blocks_a_task = divide_up(plan.blocks_a_task, 2);
-    } else if (vectors * WIDTH <= 64 || !halve(plan.size)) {
+    } else if (lanes <= 64 || !halve(plan.size)) {
       break;
     }
   }
+}
+
+// What of a tile lies inside the result.
+inline Three places_inside(const Problem& p, const Tile& tile) {
+  const Three places = p.places();
+  Three inside;
+  for (int i = 0; i < 3; i++) inside[i] = std::min(tile.size[i], places[i] - tile.start[i]);
+  return inside;
+}
+
+inline int64_t count_spots(const Problem& p, const Plan& plan, const Tile& tile) {
+  const Three inside = places_inside(p, tile);
+  if (plan.is_turned) return product(inside);
+  return plan.is_flat ? flat_vectors(TileShape(p.axes, plan.size), inside) : row_vectors(inside);
 }
 
 // Where a block's weights for the chunk of channels that starts at `channel` are.
@@ -179,20 +202,22 @@ inline int64_t packed_at(const Problem& p, const Plan& plan, int64_t group, int6
                          int64_t block, int64_t channel) {
   const int64_t all_taps = plan.taps.all.size();
   const int64_t channels = std::min(plan.chunk, p.inputs - channel);
-  const int64_t before = channel * p.outputs + channels * plan.blocks.begin(block);
-  return group * all_taps * p.inputs * p.outputs +
-         plan.taps.first[phase] * p.inputs * p.outputs + before * plan.taps.count(phase);
+  const int64_t outputs = plan.blocks.end();
+  const int64_t before = channel * outputs + channels * plan.blocks.begin(block);
+  return (group * all_taps + plan.taps.first[phase]) * p.inputs * outputs +
+         before * plan.taps.count(phase);
 }
 
-// Some channels of a block, of which a chunk has `all`.
+// Some channels of a block, of which a chunk has `all`. Of its rows, `outputs` are there.
 template <class T>
 void pack_block(const Problem& p, const T* w, const Tap* taps, int64_t count, int64_t rows,
-                int64_t channels, int64_t all, float* to) {
+                int64_t outputs, int64_t channels, int64_t all, float* to) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < channels; c++) {
       const T* from = w + r * p.weight_output + c * p.weight_input;
       float* first = to + c * rows + r;
-      for (int64_t t = 0; t < count; t++) first[t * all * rows] = widen(from[taps[t].kernel]);
+      for (int64_t t = 0; t < count; t++)
+        first[t * all * rows] = r < outputs ? widen(from[taps[t].kernel]) : 0;
     }
 }
 
@@ -207,10 +232,11 @@ void pack_blocks(const Problem& p, const Plan& plan, const T* w, int64_t group, 
     for (int64_t c = 0; c < all; c += once)
       for (int64_t b = first; b < end; b++) {
         const int64_t rows = plan.blocks.size(b);
+        const int64_t output = plan.blocks.begin(b);
         float* to = packed + packed_at(p, plan, group, phase, b, chunk) + c * rows;
-        pack_block(p, w + (chunk + c) * p.weight_input + plan.blocks.begin(b) * p.weight_output,
+        pack_block(p, w + (chunk + c) * p.weight_input + output * p.weight_output,
                    plan.taps.begin(phase), plan.taps.count(phase), rows,
-                   std::min(once, all - c), all, to);
+                   std::min(rows, p.outputs - output), std::min(once, all - c), all, to);
       }
   }
 }
@@ -237,10 +263,9 @@ void pack_weights(const Problem& p, const Plan& plan, const T* w, float* packed,
 // ---- a task -------------------------------------------------------------------------------------
 
 // Packing pays where a weight is used often: few places and many weights are read as they are.
-inline bool is_packing_worthwhile(const Problem& p, const Plan& plan) {
-  const Parts strips(plan.spots.size(), max_vectors(plan.blocks.largest()));
+inline bool is_packing_worthwhile(const Problem& p, int64_t strips) {
   const bool reads_along_rows = p.weight_input < p.weight_output;
-  return !reads_along_rows || p.batch * product(plan.tiles) * strips.count > FEW_STRIPS;
+  return !reads_along_rows || p.batch * strips > FEW_STRIPS;
 }
 
 struct Task {
@@ -274,7 +299,7 @@ inline int64_t count_outputs(const Plan& plan, const Task& task) {
   return plan.blocks.begin(task.block + task.blocks) - plan.blocks.begin(task.block);
 }
 
-// Sums of a task: sums[phase][group][output][place].
+// Sums of a task: sums[phase][group][output][place], or sums[place][output].
 inline float* sums_at(float* sums, const Plan& plan, const Task& task, int64_t phase,
                       int64_t group) {
   return sums + (phase * task.groups + group) * count_outputs(plan, task) * plan.sums_size();
@@ -296,7 +321,7 @@ struct Part {
   const float* start;    // a number for each output of the group where sums begin, else null
 };
 
-// Vectors of places that see the same taps.
+// Vectors of places, or places of turned blocks, that see the same taps.
 struct Strip {
   const Spot* spots;
   int64_t count;
@@ -333,18 +358,15 @@ inline void multiply_strip(const Call& call, const Task& task, const Part& part,
     const float* start = part.start && piece.first == 0 ? part.start + output : nullptr;
     const float* weights = find_weights(call, part, block);
     float* to = sums + (output - first_output(plan, task)) * plan.sums_size();
-    if (plan.is_packed && !plan.skips) {
+    if (plan.is_packed) {
       const Terms terms{piece.offsets, piece.count * part.channels};
       weights += piece.first * part.channels * rows;
       find_multiply(terms, rows, strip.count)(terms, tile, strip.spots, weights, start, to,
                                               plan.sums_size());
       continue;
     }
-    StridedTerms terms{piece.taps, piece.count,      part.channels, plan.channel_size,
-                       rows,       1,                0,             part.channels * rows};
-    if (!plan.is_packed)
-      terms = {piece.taps,     piece.count,     part.channels, plan.channel_size,
-               p.weight_input, p.weight_output, 1,             0};
+    const StridedTerms terms{piece.taps,        piece.count,    part.channels,
+                             plan.channel_size, p.weight_input, p.weight_output};
     find_multiply(terms, rows, strip.count)(terms, tile, strip.spots, weights, start, to,
                                             plan.sums_size());
   }
@@ -371,62 +393,86 @@ inline void multiply_part(const Call& call, const Task& task, const Part& part, 
 
 // ---- padding is skipped -------------------------------------------------------------------------
 
-// How many of `count` places from `first` on see the input through a tap, and not padding.
-inline int64_t count_visible(const Axis& axis, const AxisTap& tap, int64_t first, int64_t count) {
-  const int64_t behind = divide_up(axis.length - axis.planes[tap.plane], axis.stride) - tap.shift;
-  const int64_t begin = std::max(first, -tap.shift);
-  return std::max<int64_t>(0, std::min(first + count, behind) - begin);
+// Places in strips, block after block. A block's weights stay in L1 meanwhile.
+inline void multiply_places(const Call& call, const Task& task, const Part& part,
+                            const Strip& all, const float* tile, float* sums) {
+  const Plan& plan = call.plan;
+  const int64_t outputs = count_outputs(plan, task);
+  const int64_t most = LONGEST_SUM / part.channels;
+  for (int64_t t = 0; t == 0 || t < all.tap_count; t += most) {
+    const TurnedTerms terms{all.taps + t, std::min(most, all.tap_count - t), part.channels,
+                            plan.channel_size};
+    for (int64_t block = task.block; block < task.block + task.blocks; block++) {
+      const int64_t output = plan.blocks.begin(block);
+      const int64_t vectors = plan.blocks.size(block) / WIDTH;
+      const float* start = part.start && t == 0 ? part.start + output : nullptr;
+      const float* weights = find_weights(call, part, block);
+      const Parts strips(all.count, max_places(vectors));
+      for (int64_t s = 0; s < strips.count; s++)
+        find_turned(vectors, strips.size(s))(terms, tile, all.spots + strips.begin(s), weights,
+                                             start, sums + output - first_output(plan, task),
+                                             outputs);
+    }
+  }
 }
 
-// How much of an axis is visible, `length` places at a time: a vector is skipped as a whole.
-inline double visible_share(const Axis& axis, int64_t length) {
+// Whether a place sees the input through a tap, and not padding.
+inline bool sees(const Axis& axis, const AxisTap& tap, int64_t place) {
+  const int64_t at = (place + tap.shift) * axis.stride + axis.planes[tap.plane];
+  return at >= 0 && at < axis.length;
+}
+
+// How much of what an axis' taps reach from all places is input, and not padding.
+inline double visible_share(const Axis& axis) {
+  const int64_t all = axis.places * int64_t(axis.taps.size());
   int64_t visible = 0;
-  int64_t all = 0;
-  for (int64_t place = 0; place < axis.places; place += length)
-    for (const AxisTap& tap : axis.taps) {
-      visible += count_visible(axis, tap, place, std::min(length, axis.places - place)) > 0;
-      all++;
-    }
+  for (const AxisTap& tap : axis.taps)
+    for (int64_t place = 0; place < axis.places; place++) visible += sees(axis, tap, place);
   return all ? double(visible) / double(all) : 1;
 }
 
-// Whether padding makes up much of what would be multiplied, as with large dilations. Outputs must
-// be many, since finding out which taps a vector sees takes time as well.
-inline bool is_worth_skipping(const Problem& p) {
-  if (p.outputs < 4 * MAX_ROWS) return false;
-  for (const Axis& axis : p.axes)
-    if (axis.phases > 1 || axis.taps.size() > MOST_SKIPPED) return false;
-  return visible_share(p.axes[0], 1) * visible_share(p.axes[1], 1) *
-             visible_share(p.axes[2], WIDTH) < 0.85;
+inline double visible_share(const Problem& p) {
+  return visible_share(p.axes[0]) * visible_share(p.axes[1]) * visible_share(p.axes[2]);
 }
 
-// The taps of an axis, as bits, through which any of `count` places sees the input.
-inline uint64_t visible_taps(const Axis& axis, int64_t place, int64_t count) {
+// Whether padding makes up much of what would be multiplied, as with large dilations. Outputs must
+// be many, since finding out which taps a place sees takes time as well.
+inline bool is_worth_skipping(const Problem& p) {
+  if (p.outputs < 4 * MAX_ROWS || p.phases() > 1) return false;
+  int64_t taps = 1;
+  for (const Axis& axis : p.axes) {
+    if (axis.taps.size() > MOST_SKIPPED) return false;
+    taps *= axis.taps.size();
+  }
+  return taps * FEWEST_CHANNELS <= LONGEST_SUM && visible_share(p) < 0.85;
+}
+
+// The taps of an axis, as bits, through which a place sees the input.
+inline uint64_t visible_taps(const Axis& axis, int64_t place) {
   uint64_t visible = 0;
   for (size_t t = 0; t < axis.taps.size(); t++)
-    if (count_visible(axis, axis.taps[t], place, count)) visible |= uint64_t(1) << t;
+    if (sees(axis, axis.taps[t], place)) visible |= uint64_t(1) << t;
   return visible;
 }
 
-// A vector of places, and the taps of all three axes that it sees, as bits.
+// A place, and the taps of all three axes that it sees, as bits.
 struct Seen {
   uint64_t taps;
   Spot spot;
 };
 
-// A tile's vectors, those that see the same taps side by side.
+// A tile's places, those that see the same taps side by side.
 inline std::vector<Seen> sort_by_taps(const Problem& p, const Plan& plan, const Tile& tile) {
+  const Three inside = places_inside(p, tile);
   std::vector<Seen> seen;
   seen.reserve(plan.spots.size());
   const Spot* spot = plan.spots.data();
-  for (int64_t d = 0; d < plan.size[0]; d++)
-    for (int64_t h = 0; h < plan.size[1]; h++)
-      for (int64_t v = 0; v < plan.row_vectors; v++) {
-        const int64_t place = tile.start[2] + v * WIDTH;
-        const int64_t count = std::clamp<int64_t>(p.axes[2].places - place, 1, WIDTH);
-        const uint64_t depths = visible_taps(p.axes[0], tile.start[0] + d, 1);
-        const uint64_t heights = visible_taps(p.axes[1], tile.start[1] + h, 1);
-        const uint64_t widths = visible_taps(p.axes[2], place, count);
+  for (int64_t d = 0; d < inside[0]; d++)
+    for (int64_t h = 0; h < inside[1]; h++)
+      for (int64_t w = 0; w < inside[2]; w++) {
+        const uint64_t depths = visible_taps(p.axes[0], tile.start[0] + d);
+        const uint64_t heights = visible_taps(p.axes[1], tile.start[1] + h);
+        const uint64_t widths = visible_taps(p.axes[2], tile.start[2] + w);
         const uint64_t taps = (depths << MOST_SKIPPED | heights) << MOST_SKIPPED | widths;
         seen.push_back({taps, *spot++});
       }
@@ -451,10 +497,10 @@ inline void append_seen(const Problem& p, const Plan& plan, uint64_t seen,
   }
 }
 
-// A tile's vectors in strips, each with the taps that it sees.
-class VisibleStrips {
+// A tile's places, grouped by the taps that they see.
+class VisiblePlaces {
  public:
-  VisibleStrips(const Problem& p, const Plan& plan, const Tile& tile) {
+  VisiblePlaces(const Problem& p, const Plan& plan, const Tile& tile) {
     const std::vector<Seen> seen = sort_by_taps(p, plan, tile);
     const int64_t count = seen.size();
     for (int64_t i = 0; i < count; i++) {
@@ -469,7 +515,7 @@ class VisibleStrips {
   }
 
   int64_t count() const { return ranges.size(); }
-  Strip strip(int64_t i) const {
+  Strip group(int64_t i) const {
     const Range& range = ranges[i];
     return {spots.data() + range.spot, range.count, taps.data() + range.tap, range.tap_count};
   }
@@ -484,8 +530,19 @@ class VisibleStrips {
   std::vector<Range> ranges;
 };
 
+inline bool is_turning_worthwhile(const Problem& p, const Plan& plan, bool is_float32) {
+  if (p.phases() > 1 || p.shared >= 0 || plan.group_block > 1) return false;
+  const int64_t vectors = count_vectors(p, p.places());
+  const int64_t strips = divide_up(vectors, max_vectors(MAX_ROWS));
+  if (is_float32 && !is_packing_worthwhile(p, strips)) return false;
+  const double visible = is_worth_skipping(p) ? visible_share(p) : 1;
+  const int64_t turned = product(p.places()) * divide_up(p.outputs, WIDTH) * WIDTH;
+  const double at_least = p.channels_last ? 1 : LANES_SAVED;
+  return double(vectors * WIDTH * p.outputs) >= at_least * visible * double(turned);
+}
+
 inline void multiply_all(const Call& call, const Task& task, const Part& part,
-                         const VisibleStrips* visible, const float* tile, float* sums) {
+                         const VisiblePlaces* visible, const float* tile, float* sums) {
   const Plan& plan = call.plan;
   if (call.problem.shared >= 0) {
     const int64_t group_weights = plan.taps.all.size();
@@ -495,12 +552,16 @@ inline void multiply_all(const Call& call, const Task& task, const Part& part,
   }
   if (visible) {
     for (int64_t i = 0; i < visible->count(); i++)
-      multiply_part(call, task, part, visible->strip(i), tile, sums);
+      multiply_places(call, task, part, visible->group(i), tile, sums);
     return;
   }
-  const Strip all{plan.spots.data(), int64_t(plan.spots.size()), plan.taps.begin(part.phase),
-                  plan.taps.count(part.phase)};
-  multiply_part(call, task, part, all, tile, sums);
+  const Strip all{plan.spots.data(), count_spots(call.problem, plan, task.tile),
+                  plan.taps.begin(part.phase), plan.taps.count(part.phase)};
+  if (plan.is_turned) {
+    multiply_places(call, task, part, all, tile, sums);
+  } else {
+    multiply_part(call, task, part, all, tile, sums);
+  }
 }
 
 // The third level of a long sum: what many chunks have added is set aside, and added at the end.
@@ -540,7 +601,7 @@ class SetAside {
 // One chunk of channels, packed, for all groups and phases of a task. Sums begin with the first
 // chunk, at the bias, and with others at zero where what was summed is set aside.
 inline void sum_chunk(const Call& call, const Task& task, int64_t channel, int64_t channels,
-                      bool begins, const VisibleStrips* visible, const float* tile, float* sums) {
+                      bool begins, const VisiblePlaces* visible, const float* tile, float* sums) {
   const Problem& p = call.problem;
   const Plan& plan = call.plan;
   const int64_t phases = p.shared >= 0 ? 1 : task.phases;  // all four at once
@@ -569,15 +630,15 @@ void sum_task(const Call& call, const Task& task, const T* read, float* sums) {
   Source<T> source{read + task.image * from.image, read + p.batch * from.image, from.channel,
                    from.step};
   source.data += task.group * p.inputs * from.channel;
-  std::optional<VisibleStrips> strips;
-  if (plan.skips) strips.emplace(p, plan, task.tile);
+  std::optional<VisiblePlaces> visible;
+  if (plan.skips) visible.emplace(p, plan, task.tile);
   SetAside aside(sums, task.phases * task.groups * count_outputs(plan, task) * plan.sums_size());
   for (int64_t channel = 0; channel < p.inputs; channel += plan.chunk) {
     const int64_t channels = std::min(plan.chunk, p.inputs - channel);
     const bool begins = aside.make_room(divide_up(plan.most_taps * channels, LONGEST_SUM));
     pack_channels(tile, plan.channel_size, source, task.groups * channels, rows);
     source.data += channels * from.channel;
-    sum_chunk(call, task, channel, channels, begins, strips ? &*strips : nullptr, tile, sums);
+    sum_chunk(call, task, channel, channels, begins, visible ? &*visible : nullptr, tile, sums);
   }
   aside.finish();
 }
@@ -587,7 +648,7 @@ void sum_task(const Call& call, const Task& task, const T* read, float* sums) {
 // Rows of sums that become one row of the result: `phases` of them, in turns, for each output.
 struct StoredRow {
   const float* sums;       // of the first phase and output
-  int64_t phase_size, output_size;
+  int64_t phase_size, output_size, place_size;
   int64_t outputs;         // outputs side by side: those of all groups of the task
   int64_t phases, places;  // places of the longest phase
   int64_t count;           // elements of the row that are there
@@ -614,10 +675,21 @@ void store_row_first(T* to, int64_t channel, const StoredRow& row) {
   }
 }
 
+template <class T>
+void store_row_turned(T* to, const Layout& layout, const StoredRow& row) {
+  if (layout.channel != 1 || row.outputs == 1) {
+    store_turned(to, layout.channel, row.sums, row.place_size, row.outputs, row.count);
+    return;
+  }
+  for (int64_t i = 0; i < row.count; i++)
+    store_row(to + i * layout.step[2], row.sums + i * row.place_size, row.outputs);
+}
+
 // Where a row of a tile's sums starts.
 inline int64_t sums_row(const Problem& p, const Plan& plan, int64_t depth, int64_t height) {
   if (plan.is_flat) return TileShape(p.axes, plan.size).position(depth, height);
-  return (depth * plan.size[1] + height) * plan.row_vectors * WIDTH;
+  const int64_t row = depth * plan.size[1] + height;
+  return row * (plan.is_turned ? plan.size[2] : divide_up(plan.size[2], WIDTH) * WIDTH);
 }
 
 // All rows of one row of phases, which is that of `depth` and `height`, phases of these axes.
@@ -634,9 +706,11 @@ void store_phases(const Call& call, const Task& task, int64_t depth, int64_t hei
       const int64_t z = (task.tile.start[0] + d) * p.axes[0].phases + depth;
       const int64_t y = (task.tile.start[1] + h) * p.axes[1].phases + height;
       if (z >= p.written[0] || y >= p.written[1]) continue;
-      row.sums = sums + sums_row(p, call.plan, d, h);
+      row.sums = sums + sums_row(p, call.plan, d, h) * row.place_size;
       T* start = to + z * layout.step[0] + y * layout.step[1] + width * layout.step[2];
-      if (p.channels_last) {
+      if (call.plan.is_turned) {
+        store_row_turned(start, layout, row);
+      } else if (p.channels_last) {
         store_row_last(start, layout.step[2], row);
       } else {
         store_row_first(start, layout.channel, row);
@@ -651,8 +725,10 @@ void store_task(const Call& call, const Task& task, const float* sums, T* writte
   const int64_t output = task.group * p.outputs + first_output(call.plan, task);
   T* to = written + task.image * layout.image + output * layout.channel;
   StoredRow row;
-  row.outputs = task.groups * count_outputs(call.plan, task);
+  const int64_t outputs = count_outputs(call.plan, task);
+  row.outputs = task.groups * std::min(outputs, p.outputs - first_output(call.plan, task));
   row.output_size = call.plan.sums_size();
+  row.place_size = call.plan.is_turned ? outputs : 1;
   row.phase_size = row.outputs * row.output_size;
   row.phases = p.axes[2].phases;
   row.places = task.tile.size[2];
@@ -670,9 +746,11 @@ FLASHCONV_NOINLINE
 inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   Plan plan;
   plan.group_block = choose_group_block(p);
-  plan.skips = is_worth_skipping(p);
+  plan.is_turned = is_turning_worthwhile(p, plan, is_float32);
+  plan.skips = plan.is_turned && is_worth_skipping(p);
   plan.blocks = Parts(p.outputs, MAX_ROWS);
   plan.chunk = choose_chunk(p, plan.blocks.largest());
+  if (plan.is_turned) plan.blocks = Parts(divide_up(p.outputs, WIDTH), MAX_TURNED, WIDTH);
   if (plan.group_block > 1) plan.chunk = p.inputs;
   choose_size(p, plan);
   share_among_threads(p, plan, threads);
@@ -683,8 +761,10 @@ inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   plan.most_taps = 1;
   for (int64_t f = 0; f < p.phases(); f++)
     plan.most_taps = std::max(plan.most_taps, plan.taps.count(f));
-  place_vectors(p, plan);
-  plan.is_packed = !is_float32 || p.shared >= 0 || is_packing_worthwhile(p, plan);
+  place_spots(p, plan);
+  const Parts strips(plan.spots.size(), max_vectors(plan.blocks.largest()));
+  plan.is_packed = !is_float32 || p.shared >= 0 || plan.is_turned ||
+                   is_packing_worthwhile(p, product(plan.tiles) * strips.count);
   if (p.shared >= 0) plan.shared = share_taps(p, plan.taps);
   plan.group_tasks = divide_up(p.groups, plan.group_block);
   plan.block_tasks = divide_up(plan.blocks.count, plan.blocks_a_task);
@@ -702,12 +782,13 @@ void convolve_dense(const Problem& p, const T* read, const T* w, const void* bia
   const std::vector<float> start = widen_bias<T>(bias, p.groups * p.outputs);
   float* packed = nullptr;
   if (plan.is_packed) {
-    packed = scratch<float>(WEIGHTS, plan.taps.all.size() * p.groups * p.inputs * p.outputs);
+    const int64_t outputs = plan.blocks.end();  // of whole vectors, where blocks are turned
+    packed = scratch<float>(WEIGHTS, plan.taps.all.size() * p.groups * p.inputs * outputs);
     pack_weights(p, plan, w, packed, threads);
   }
   const float* weights = packed;
   if constexpr (is_float32) weights = plan.is_packed ? packed : w;
-  const std::vector<float> zeros(p.outputs);
+  const std::vector<float> zeros(plan.blocks.end());
   const Call call{p, plan, weights, start.data(), zeros.data()};
   auto run = [&](int64_t index) {
     const Task task = find_task(p, plan, index);

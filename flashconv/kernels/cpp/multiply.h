@@ -25,12 +25,12 @@ struct Terms {
   int64_t count;
 };
 
-// What it sums where weights are read where they lie, or some are left out: taps of channels.
+// What it sums where weights are read where they lie: taps of channels.
 struct StridedTerms {
   const Tap* taps;
   int64_t tap_count;
-  int64_t channels, channel_size;                 // of the packed tile
-  int64_t channel, row, kernel_step, index_step;  // of weights
+  int64_t channels, channel_size;  // of the packed tile
+  int64_t channel, row;            // steps of weights; a tap's is one element
 };
 
 // A vector of places: where it starts in the tile, and where its sums are.
@@ -113,7 +113,7 @@ void multiply_strided(const StridedTerms& terms, const float* tile, const Spot* 
   FLASHCONV_UNROLL
   for (int v = 0; v < VECTORS; v++) input[v] = tile + spots[v].place;
   for (const Tap* tap = terms.taps; tap < terms.taps + terms.tap_count; tap++) {
-    const float* weight = weights + tap->kernel * terms.kernel_step + tap->index * terms.index_step;
+    const float* weight = weights + tap->kernel;
     int64_t offset = tap->offset;
     for (int64_t c = 0; c < terms.channels; c++) {
       multiply_step(sums, input, offset, weight, terms.row);
@@ -152,17 +152,91 @@ Multiply<Kind> find_multiply(const Kind& terms, int64_t rows, int64_t vectors) {
   }
 }
 
-// `total` cut into as few parts as a limit admits, which differ by one at most.
+// `total` units cut into as few parts as a limit admits, which differ by one unit at most.
 struct Parts {
   int64_t count, size_of_most, larger;  // the first `larger` parts have one more
+  int64_t unit;
 
-  Parts(int64_t total, int64_t limit)
-      : count(divide_up(total, limit)), size_of_most(total / count), larger(total % count) {}
+  Parts(int64_t total, int64_t limit, int64_t unit = 1)
+      : count(divide_up(total, limit)), size_of_most(total / count), larger(total % count),
+        unit(unit) {}
   int64_t begin(int64_t part) const {
-    return part * size_of_most + (part < larger ? part : larger);
+    return (part * size_of_most + (part < larger ? part : larger)) * unit;
   }
-  int64_t size(int64_t part) const { return size_of_most + (part < larger); }
+  int64_t size(int64_t part) const { return (size_of_most + (part < larger)) * unit; }
   int64_t largest() const { return size(0); }
+  int64_t end() const { return begin(count); }
 };
+
+// A turned block holds VECTORS * WIDTH outputs at ROWS places. Its weights stay in registers.
+constexpr int MAX_TURNED = 3;  // vectors
+
+constexpr int max_places(int vectors) { return max_vectors(vectors); }
+
+// What it sums: some of the packed taps of some channels.
+struct TurnedTerms {
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t channels, channel_size;  // of the packed tile
+};
+
+template <int ROWS, int VECTORS>
+inline __attribute__((always_inline)) void turned_step(Vector (&sums)[ROWS][VECTORS],
+                                                       const float* const (&input)[ROWS],
+                                                       int64_t offset, const float* weights) {
+  Vector w[VECTORS];
+  FLASHCONV_UNROLL
+  for (int v = 0; v < VECTORS; v++) w[v] = hold(load(weights + v * WIDTH));
+  FLASHCONV_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    FLASHCONV_UNROLL
+    for (int v = 0; v < VECTORS; v++) sums[r][v] += w[v] * input[r][offset];
+  }
+}
+
+// weights[tap][channel][output]; the sums of a place are `place_size` from those of the next.
+template <int ROWS, int VECTORS>
+void multiply_turned(const TurnedTerms& terms, const float* tile, const Spot* spots,
+                     const float* weights, const float* start, float* result,
+                     int64_t place_size) {
+  Vector sums[ROWS][VECTORS];
+  const float* input[ROWS];
+  clear(sums);
+  FLASHCONV_UNROLL
+  for (int r = 0; r < ROWS; r++) input[r] = tile + spots[r].place;
+  for (const Tap* tap = terms.taps; tap < terms.taps + terms.tap_count; tap++) {
+    const float* weight = weights + tap->index * terms.channels * VECTORS * WIDTH;
+    const int64_t end = tap->offset + terms.channels * terms.channel_size;
+    for (int64_t offset = tap->offset; offset < end; offset += terms.channel_size) {
+      turned_step(sums, input, offset, weight);
+      weight += VECTORS * WIDTH;
+    }
+  }
+  FLASHCONV_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    FLASHCONV_UNROLL
+    for (int v = 0; v < VECTORS; v++) {
+      float* to = result + spots[r].sum * place_size + v * WIDTH;
+      store(to, load(start ? start + v * WIDTH : to) + sums[r][v]);
+    }
+  }
+}
+
+template <int VECTORS, int... places>
+Multiply<TurnedTerms> find_places(int64_t count, std::integer_sequence<int, places...>) {
+  static constexpr Multiply<TurnedTerms> kernels[] = {multiply_turned<places + 1, VECTORS>...};
+  return kernels[count - 1];
+}
+
+template <int VECTORS = 1>
+Multiply<TurnedTerms> find_turned(int64_t vectors, int64_t places) {
+  if constexpr (VECTORS <= MAX_TURNED) {
+    using Counts = std::make_integer_sequence<int, max_places(VECTORS)>;
+    return vectors == VECTORS ? find_places<VECTORS>(places, Counts()) :
+                                find_turned<VECTORS + 1>(vectors, places);
+  } else {
+    return nullptr;  // no block has more vectors
+  }
+}
 
 }  // namespace flashconv

@@ -242,13 +242,13 @@ FLASHCONV_NOINLINE void store_turned_block(T* to, int64_t step, const float* fro
 template <class T>
 void store_turned(T* to, int64_t step, const float* from, int64_t row_size, int64_t places,
                   int64_t channels) {
-  for (int64_t c = 0; c < channels; c += WIDTH) {
-    const bool overlaps = channels - c < WIDTH && channels > WIDTH;
-    const int64_t start = overlaps ? channels - WIDTH : c;
-    for (int64_t i = 0; i < places; i += WIDTH)
+  for (int64_t i = 0; i < places; i += WIDTH)
+    for (int64_t c = 0; c < channels; c += WIDTH) {
+      const bool overlaps = channels - c < WIDTH && channels > WIDTH;
+      const int64_t start = overlaps ? channels - WIDTH : c;
       store_turned_block(to + i * step + start, step, from + start * row_size + i, row_size,
                          places - i, channels - start);
-  }
+    }
 }
 
 // Elements of a and b in turns.

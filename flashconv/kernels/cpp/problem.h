@@ -94,10 +94,11 @@ inline Tile find_tile(int64_t index, const Three& tiles, const Three& size) {
   return tile;
 }
 
-// An array as the bias is used: a float for each channel, zeros where there is none.
+// An array as the bias is used: a float for each channel, zeros where there is none, and room for
+// a vector to begin at the last one.
 template <class T>
 std::vector<float> widen_bias(const void* bias, int64_t channels) {
-  std::vector<float> result(channels);
+  std::vector<float> result(channels + WIDTH);
   if (!bias) return result;
   for (int64_t c = 0; c < channels; c++) result[c] = widen(static_cast<const T*>(bias)[c]);
   return result;
