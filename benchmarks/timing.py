@@ -225,7 +225,8 @@ def arguments(suite, description, example):
     parser.add_argument("--rows", default="*", metavar="PATTERN",
                         help=f"measure rows with such names only, such as {example!r}")
     parser.add_argument("--quick", action="store_true",
-                        help="three rounds, and mlx.nn is given up after 10 s on a row")
+                        help="three rounds, up to ten until 0.1 s are spent on one competitor, "
+                             "and mlx.nn is given up after 10 s on a row")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="write all files there; needed unless all rows are measured")
     options = parser.parse_args()
@@ -240,8 +241,8 @@ def arguments(suite, description, example):
 
 def run(suite, options, floors, write):
     "The chosen rows' figures, and the floors they are held to; written after each row."
-    rounds, patience = (3, 10) if options.quick else (20, 120)
-    if options.quick: suite = suite._replace(slow=1)
+    rounds, patience = (10, 10) if options.quick else (20, 120)
+    if options.quick: suite = suite._replace(slow=1, seconds=0.1)
     found = {"machine": machine(), "rounds": rounds, "rows": []}
     for done, row in enumerate(options.chosen):
         progress(done, len(options.chosen), row.name)

@@ -183,18 +183,10 @@ inline void share_among_threads(const Problem& p, Plan& plan, int64_t threads) {
   }
 }
 
-// What of a tile lies inside the result.
-inline Three places_inside(const Problem& p, const Tile& tile) {
-  const Three places = p.places();
-  Three inside;
-  for (int i = 0; i < 3; i++) inside[i] = std::min(tile.size[i], places[i] - tile.start[i]);
-  return inside;
-}
-
 inline int64_t count_spots(const Problem& p, const Plan& plan, const Tile& tile) {
-  const Three inside = places_inside(p, tile);
-  if (plan.is_turned) return product(inside);
-  return plan.is_flat ? flat_vectors(TileShape(p.axes, plan.size), inside) : row_vectors(inside);
+  const Three size = clip(tile, p.places());
+  if (plan.is_turned) return product(size);
+  return plan.is_flat ? flat_vectors(TileShape(p.axes, plan.size), size) : row_vectors(size);
 }
 
 // Where a block's weights for the chunk of channels that starts at `channel` are.
@@ -463,13 +455,13 @@ struct Seen {
 
 // A tile's places, those that see the same taps side by side.
 inline std::vector<Seen> sort_by_taps(const Problem& p, const Plan& plan, const Tile& tile) {
-  const Three inside = places_inside(p, tile);
+  const Three size = clip(tile, p.places());
   std::vector<Seen> seen;
   seen.reserve(plan.spots.size());
   const Spot* spot = plan.spots.data();
-  for (int64_t d = 0; d < inside[0]; d++)
-    for (int64_t h = 0; h < inside[1]; h++)
-      for (int64_t w = 0; w < inside[2]; w++) {
+  for (int64_t d = 0; d < size[0]; d++)
+    for (int64_t h = 0; h < size[1]; h++)
+      for (int64_t w = 0; w < size[2]; w++) {
         const uint64_t depths = visible_taps(p.axes[0], tile.start[0] + d);
         const uint64_t heights = visible_taps(p.axes[1], tile.start[1] + h);
         const uint64_t widths = visible_taps(p.axes[2], tile.start[2] + w);

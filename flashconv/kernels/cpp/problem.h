@@ -2,6 +2,8 @@
 
 // problem.h: forward and input gradient are one problem with its sides exchanged.
 #pragma once
+#include <algorithm>
+
 #include "pack.h"
 #include "taps.h"
 
@@ -92,6 +94,12 @@ inline Tile find_tile(int64_t index, const Three& tiles, const Three& size) {
     index /= tiles[i];
   }
   return tile;
+}
+
+inline Three clip(const Tile& tile, const Three& lengths) {
+  Three size;
+  for (int i = 0; i < 3; i++) size[i] = std::min(tile.size[i], lengths[i] - tile.start[i]);
+  return size;
 }
 
 // An array as the bias is used: a float for each channel, zeros where there is none, and room for

@@ -171,13 +171,6 @@ inline GradientTask find_gradient_task(const GradientPlan& plan, int64_t index) 
   return task;
 }
 
-// A tile's places that are there: tiles at the end may be smaller.
-inline Three clip(const GradientPlan& plan, const Tile& tile) {
-  Three size;
-  for (int i = 0; i < 3; i++) size[i] = std::min(tile.size[i], plan.written[i] - tile.start[i]);
-  return size;
-}
-
 // Rows that lie one behind the other, in something of these lengths, are one row.
 inline Three join_rows(const Three& size, const Three& lengths) {
   if (size[2] < lengths[2]) return size;
@@ -456,7 +449,7 @@ void add_tile(const GradientPlan& plan, const GradientTask& task, const T* x, co
   const int64_t channel_size = shape.floats + WIDTH;
   const int64_t image = unit / product(plan.tiles);
   const Tile tile = find_tile(unit % product(plan.tiles), plan.tiles, plan.size);
-  const Three size = clip(plan, tile);
+  const Three size = clip(tile, plan.written);
   const Three joined = plan.lane == OF_PLACES ? size : join_rows(size, shape.lengths);
   const Runs runs(joined, plan.lane == OF_PLACES ? LONGEST_RUN * WIDTH : LONGEST_RUN);
   find_place_rows(shape, joined, rows);
