@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from flashconv.algorithms import choice, derivatives, gpu, native, record
+from flashconv.algorithms import choice, derivatives, gpu, native, record, weights
 from flashconv.algorithms.native import as_convolution
 from flashconv.algorithms.record import as_on
 from flashconv.geometry import conv_geometry
@@ -88,6 +88,18 @@ DENSE = {  # channels in and out, size, kernel, then numbers of the call
     "transposed 3x3": (64, 32, (20, 20), (3, 3), {"padding": 1, "transposed": True}),
     "transposed 1d": (64, 32, (100,), (16,), {"padding": 4, "stride": 8, "transposed": True})}
 
+GROUPED = {
+    "grouped": (64, 32, (20, 20), (3, 3), {"padding": 1, "stride": 2, "groups": 4}),
+    "grouped 1d": (64, 32, (100,), (5,), {"padding": 2, "groups": 4}),
+    "depthwise": (64, 64, (20, 20), (3, 3), {"padding": 1, "groups": 64}),
+    "depthwise 1d": (64, 64, (100,), (31,), {"padding": 15, "groups": 64}),
+    "grouped, transposed": (64, 32, (20, 20), (4, 4), {
+        "padding": 1, "stride": 2, "transposed": True, "groups": 4})}
+VOLUMES = {
+    "3d": (32, 48, (5, 9, 9), (3, 3, 3), {"padding": 1, "stride": 2}),
+    "grouped 3d": (64, 32, (5, 9, 9), (3, 3, 3), {"padding": 1, "groups": 4}),
+    "transposed 3d": (32, 16, (4, 7, 7), (2, 2, 2), {"stride": 2, "transposed": True})}
+
 
 def geometry(row, batch, last, groups=1):
     "Input, weight and geometry of a row."
@@ -120,7 +132,7 @@ def launched_for_weight(x, w, g):
     "The same for the gradient of its weight."
     name, _ = choice.choose_for_weight(g, w.shape, x.dtype)
     def run(x, c): return choice.FOR_WEIGHTS[name].run(x, c, g)
-    return gpu.counted(run, x, mx.zeros(g.output_shape)), name
+    return gpu.counted(run, x, mx.zeros(g.output_shape, x.dtype)), name
 
 
 @pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
@@ -151,6 +163,28 @@ def test_a_dozen_launches_for_a_weight(backend, name, last, batch):
     assert counts.kernels + counts.copies <= 12, (form, counts)
 
 
+@pytest.mark.parametrize("dtype", (mx.float32, mx.float16, mx.bfloat16), ids=str)
+@pytest.mark.parametrize("last", (False, True), ids=("channels first", "channels last"))
+@pytest.mark.parametrize("name", {**DENSE, **GROUPED, **VOLUMES})
+def test_a_dozen_launches_for_huge_batches(backend, name, last, dtype, monkeypatch):
+    "Where all windows would fill the memory, too."
+    row = {**DENSE, **GROUPED, **VOLUMES}[name]
+    monkeypatch.setattr(weights, "whole_bytes", lambda: 2**20)
+    for batch in (128, 256, 1024 if dtype == mx.float32 else 512):
+        x, w, g = geometry(row, batch, last, row[-1].get("groups", 1))
+        counts, form = launched_for_weight(x.astype(dtype), w, g)
+        assert form != "patches" and counts.kernels + counts.copies <= 12, (batch, form, counts)
+
+
+def test_a_dozen_launches_for_thousands_of_images(backend):
+    "As it is, without a bound that a test sets."
+    for batch in (256, 1024, 4096):
+        x, w, g = geometry((64, 64, (56, 56), (3, 3), {"padding": 1}), batch, True)
+        counts, form = launched_for_weight(x, w, g)
+        assert form == {"metal": "shares", "cuda": "swapped"}[choice.call_of(g, w.shape, x.dtype).backend]
+        assert counts.kernels + counts.copies <= 12, (batch, counts)
+
+
 @pytest.mark.parametrize("kernel, padding", (((3, 3), 1), ((7, 7), 3)))
 def test_grouped_weights(backend, kernel, padding):
     "Depthwise: slices are views, and one array holds them all."
@@ -177,11 +211,12 @@ def test_transposed_volumes_and_groups(backend):
     assert form == "phases" and counts.kernels == 1 + 4 + 4  # zeros; for a phase a convolution, and its place
 
 
-def test_depthwise_rows_are_padded_first(backend):
-    "MLX's kernel for them takes no padding."
+def test_depthwise_rows_are_padded_first():
+    "Metal's kernel for them takes no padding."
     x, w, g = geometry((16, 16, (100,), (31,), {"padding": 15}), 2, True, groups=16)
     graph = []
-    mx.export_function(graph.append, lambda x, w: native.native(x, w, g), x, w)
+    with as_on("metal"):
+        mx.export_function(graph.append, lambda x, w: native.native(x, w, g), x, w)
     (convolution,) = (step for step in graph if step.get("name") == "Convolution")
     assert convolution["arguments"][1:3] == [[0], [0]]
     assert [step["name"] for step in graph if step.get("name") == "Pad"] == ["Pad"]
@@ -204,11 +239,8 @@ def test_a_chain_keeps_its_layout(backend):
 
 IN_EVALUATION = {
     **{name: DENSE[name] for name in DENSE if name not in ("1x1 strided", "transposed 3x3")},
-    "grouped 1d": (64, 32, (100,), (5,), {"padding": 2, "groups": 4}),
-    "grouped 2d": (64, 32, (20, 20), (3, 3), {"padding": 1, "stride": 2, "groups": 4}),
-    "depthwise": (64, 64, (20, 20), (3, 3), {"padding": 1, "groups": 64}),
-    "3d": (32, 48, (5, 9, 9), (3, 3, 3), {"padding": 1, "stride": 2})}
-GROUPED_VOLUME = (64, 32, (5, 9, 9), (3, 3, 3), {"padding": 1, "groups": 4})
+    **{name: GROUPED[name] for name in ("grouped", "grouped 1d", "depthwise")},
+    "3d": VOLUMES["3d"]}
 
 
 def layer_of(row, last=False, dtype=mx.float32):
@@ -246,7 +278,7 @@ def test_evaluation_copies_no_weight(backend, name, last, dtype):
 @pytest.mark.parametrize("dtype", (mx.float32, mx.float16), ids=str)
 def test_grouped_volumes_copy_no_weight(backend, dtype):
     "Plane by plane, or with all windows in halves."
-    layer, x = layer_of(GROUPED_VOLUME, True, dtype)
+    layer, x = layer_of(VOLUMES["grouped 3d"], True, dtype)
     before, after = before_and_after(layer, x)
     assert before.nbytes - after.nbytes == layer.weight.nbytes
 

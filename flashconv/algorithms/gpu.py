@@ -22,8 +22,10 @@ from numpy.lib.stride_tricks import as_strided
 from .native import (
     NATIVE, copied_on_gpu, is_in_winograds_range, loses_digits_in_float32, swap_channels)
 from .overlap import OVERLAP_ADD, PHASES, overlap_add
-from .record import TRAPS, Algorithm, Call, Case, backend
-from .weights import PATCHES, PRODUCT, SWAPPED
+from .record import (
+    TRAPS, Algorithm, Call, Case, backend, most_unfolded)
+from .tiles import in_tiles
+from .weights import PATCHES, PRODUCT, SHARES, SWAPPED, fills_memory
 from ..geometry import Geometry
 from ..padding import pad_axes
 
@@ -34,6 +36,10 @@ def spread(
     g: Geometry,  # of a transposed convolution in one group
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "One `mx.conv_general`, whose input MLX spreads out."
+    values = len(x) * prod(g.out) * prod(g.kernel_size) * len(w)
+    return in_tiles(_spread, x, w, g, values, most_unfolded(backend()))
+
+def _spread(x, w, g):
     if backend() == "cuda" and not _has_graph_to_itself(x.shape, w.shape, x.dtype, g):
         return overlap_add(x, w, g)
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
@@ -46,8 +52,8 @@ def _spread_out(x, w, g):
     amounts = [(span - 1 - before, span - 1 - after + extra)
                for span, (before, after), extra in zip(g.spans, g.padding, g.output_padding)]
     padding = tuple(zip(*[(max(a, 0), max(b, 0)) for a, b in amounts]))
-    stride, dilation, is_row = g.stride, g.dilation, len(g.stride) == 1 and backend() == "metal"
-    if is_row:  # Metal has the kernel for two axes only
+    stride, dilation, is_row = g.stride, g.dilation, len(g.stride) == 1
+    if is_row:  # the kernels are for two axes
         x, w, stride, dilation = x[:, :, None], w[:, :, None], (*stride, 1), (*dilation, 1)
         padding = tuple((*of, 0) for of in padding)
     y = mx.conv_general(x, w, 1, padding, dilation, stride, flip=True)
@@ -73,6 +79,10 @@ def volume(
     g: Geometry,  # of a convolution over three axes; in one group, while MLX has no others
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "One `mx.conv_general` over three axes."
+    values = len(x) * prod(g.out) * prod(g.kernel_size) * x.shape[g.channel_axis]
+    return in_tiles(_volume, x, w, g, values, most_unfolded(backend()))
+
+def _volume(x, w, g):
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
     padding = g.padding
     if len(x) == 1 and g.stride[0] == g.dilation[0] == 1:
@@ -108,7 +118,9 @@ VOLUME = Algorithm("volume", volume,
 
 # %% ../../nbs/algorithms/gpu.ipynb #79225c36
 def _is_spread(call):
-    return call.is_strided and call.can_be_counted and (call.axes < 3 or call.backend == "cuda")
+    image = call.n_places * call.n_taps * call.weight_shape[0]  # values, if CUDA unfolds it
+    is_counted = call.can_be_counted and image <= most_unfolded(call.backend)
+    return call.is_strided and is_counted and (call.axes < 3 or call.backend == "cuda")
 
 _MOST_PHASES = 16  # launches that are soon less than the products of stamps
 
@@ -127,9 +139,14 @@ ON_GPUS = (
 )
 
 # %% ../../nbs/algorithms/gpu.ipynb #a1dd9dd0
+def _is_swapped(call):
+    image = call.seen // call.g.output_shape[0]  # values, if CUDA unfolds it
+    return (call.backend == "cuda" and call.can_be_counted and image <= most_unfolded(call.backend))
+
 ON_GPUS_FOR_WEIGHTS = (
     Case("product", lambda call: True, PRODUCT.why),
-    Case("swapped", lambda call: call.can_be_counted and call.backend == "cuda", SWAPPED.why),
+    Case("swapped", _is_swapped, SWAPPED.why),
+    Case("shares", lambda call: call.can_be_counted and fills_memory(call), SHARES.why),
     Case("patches", lambda call: True, PATCHES.why),
 )
 
@@ -192,6 +209,12 @@ _BY_VALUE = "Add", "Multiply", "Maximum", "AsType"  # whose result lies as the i
 # %% ../../nbs/algorithms/gpu.ipynb #5fffbf85
 def _slice(start, stop, step): return slice(start, stop if stop >= 0 or step > 0 else None, step)
 
+def _is_for_weight(name, inputs, shape):
+    "Whether CUDA sees a weight's gradient: large kernels, and axes that it swaps back."
+    is_moved = not any(a.flags.c_contiguous for a in inputs)
+    return (backend() == "cuda" and name == "Convolution" and is_moved
+            and inputs[1].shape[2] > shape[2])
+
 def _is_copied(name, a):
     "Whether an operation copies an input first: MLX's products read matrices either way."
     if name == "Convolution": return not a.flags.c_contiguous
@@ -247,7 +270,8 @@ def _replay(step, made, count):
     "One operation: what it makes, and what it costs."
     inputs, name = [made[each] for each, *_ in step["inputs"]], step["name"]
     (output, shape, dtype), *_ = step["outputs"]
-    view, copied = None, [a for a in inputs if _is_copied(name, a)]
+    read = [a.swapaxes(0, -1) for a in inputs] if _is_for_weight(name, inputs, shape) else inputs
+    view, copied = None, [a for a in read if _is_copied(name, a)]
     if name in _VIEWS: view = _VIEWS[name](inputs[0], *step["arguments"])
     if name in _SHAPES: view = _reshaped(inputs[0], shape)
     if name == "StopGradient" and inputs[0].flags.c_contiguous: view = inputs[0]
