@@ -149,6 +149,31 @@ def test_shares_are_local(torch, backend, small_memory, value, batch):
             assert np.array_equal(np.isfinite(np.array(ours)), np.isfinite(right)), place
 
 
+@pytest.mark.parametrize("dtype", (mx.float32, mx.float16), ids=str)
+@pytest.mark.parametrize("name", SHARED)
+def test_shares_hold_what_explain_states(small_memory, name, dtype):
+    "No more than that is allocated besides the arrays, on a CPU."
+    shape, weight, kw = SHARED[name]
+    kind = f"{'conv_transpose' if 'transposed' in name else 'conv'}{len(shape) - 1}d"
+    x, w = mx.ones((200, *shape), dtype), mx.zeros(weight, dtype)
+    def call(x): return getattr(F, kind)(x, w, **kw)
+    with mx.stream(mx.cpu), as_on("metal"):
+        (run,) = [run for run in fc.explain(call, x.shape, dtype) if run.part == "weight gradient"]
+        (*_, g), = explained(call, x)
+        cotangent = mx.ones(g.output_shape, dtype)
+        mx.eval(x, w, cotangent)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(weights.shares(x, cotangent, g))
+    assert run.algorithm == "shares" and mx.get_peak_memory() - before <= run.workspace
+
+
+def explained(call, x):
+    "The convolutions that a call runs."
+    from flashconv.algorithms.explain import _watched
+    return _watched(call, x)
+
+
 def changed(a, place, value):
     "A copy with another value in one place."
     a = np.array(a)
@@ -555,6 +580,33 @@ def test_what_32_bits_do_not_count():
         assert [run.algorithm for run in runs] == ["matmul", "overlap_add", "patches"]
 
 
+@pytest.mark.parametrize("batch", (1, 7))
+@pytest.mark.parametrize("name", SHARED)
+def test_what_cuda_could_not_unfold_is_cut(torch, monkeypatch, name, batch):
+    "No call has more values in all its windows than can be counted, here a few; as PyTorch."
+    (shape, weight, kw), bound, unfolded = SHARED[name], 15_000, []
+    kind = f"{'conv_transpose' if 'transposed' in name else 'conv'}{len(shape) - 1}d"
+    for module in (native, gpu, weights):
+        monkeypatch.setattr(module, "most_unfolded", lambda name: bound if name == "cuda" else 2**63)
+    def seen(x, w, *args, by_mlx=mx.conv_general, **kw):
+        y = by_mlx(x, w, *args, **kw)
+        unfolded.append(y.size // len(w) * x.shape[-1] * np.prod(w.shape[1:-1]))
+        return y
+    monkeypatch.setattr(mx, "conv_general", seen)
+    choice._rule.cache_clear()
+    arrays = mx.random.normal((batch, *shape)), mx.random.normal(weight)
+    def run(x, w): return getattr(F, kind)(x, w, **kw)
+    with mx.stream(mx.cpu), as_on("cuda"):
+        cotangent = mx.random.normal(run(*arrays).shape)
+        (y,), ours = mx.vjp(run, arrays, [cotangent])
+    theirs = [torch.tensor(np.array(a)).double().requires_grad_() for a in arrays]
+    out = getattr(torch.nn.functional, kind)(*theirs, **kw)
+    out.backward(torch.tensor(np.array(cotangent)).double())
+    for mine, right in zip((y, *ours), (out.detach(), *(each.grad for each in theirs))):
+        assert np.allclose(np.array(mine), right.numpy(), atol=1e-3)
+    assert max(unfolded, default=0) <= bound
+
+
 def test_two_strides_in_one_process():
     "CUDA's graphs are looked up without the stride: the second one does not share the first one's."
     x, w = mx.random.normal((1, 3, 7, 7)), mx.random.normal((3, 2, 4, 4))
@@ -631,15 +683,22 @@ def test_nothing_is_avoided_that_is_mended(monkeypatch):
 # Measured --------------------------------------------------------------------------------------
 
 def test_the_command_runs_on_a_cpu(capsys, winners_file):
-    "It checks, times, prints a block, keeps the winners, and the choice reads them."
+    "It checks, times and prints a block. What a CPU is fast at is not kept for GPUs."
     assert flashconv.gpu.main(["--device", "cpu", "--seconds", "0.1", "--layers", "one place"]) == 0
     out, bar = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0].startswith("flashconv.gpu: ") and len(lines) == 1 + 16 and "WRONG" not in out
-    assert "[####" in bar
-    kept = json.loads(winners_file.read_text())
-    assert len(kept) == 16 and set(kept.values()) <= {*choice.ALGORITHMS, *choice.FOR_WEIGHTS}
+    assert lines[0].startswith("flashconv.gpu: ") and len(lines) == 1 + 16 + 1 and "WRONG" not in out
+    assert "[####" in bar and lines[-1].startswith("Nothing is kept")
+    assert not winners_file.exists()
+
+
+def test_winners_are_kept_and_read(winners_file):
+    "As on a GPU: the choice follows them."
     (layer,) = [each for each in flashconv.gpu.LAYERS if "one place" in each.name]
+    cases = [(layer, batch, True, mx.float32, for_weight) for batch in (1, 2) for for_weight in (False, True)]
+    with mx.stream(mx.cpu), as_on("metal"): flashconv.gpu._measured(cases, 0.1, is_kept=True)
+    kept = json.loads(winners_file.read_text())
+    assert len(kept) == 4 and set(kept.values()) <= {*choice.ALGORITHMS, *choice.FOR_WEIGHTS}
     _, weight, g = flashconv.gpu.geometry_of(layer, 1, True)
     with mx.stream(mx.cpu), as_on("metal"):
         kind = gpu.kind_of(choice.call_of(g, weight, mx.float32))

@@ -141,12 +141,12 @@ ON_GPUS = (
 # %% ../../nbs/algorithms/gpu.ipynb #a1dd9dd0
 def _is_swapped(call):
     image = call.seen // call.g.output_shape[0]  # values, if CUDA unfolds it
-    return (call.backend == "cuda" and call.can_be_counted and image <= most_unfolded(call.backend))
+    return call.backend == "cuda" and call.can_be_counted and image <= most_unfolded("cuda")
 
 ON_GPUS_FOR_WEIGHTS = (
     Case("product", lambda call: True, PRODUCT.why),
     Case("swapped", _is_swapped, SWAPPED.why),
-    Case("shares", lambda call: call.can_be_counted and fills_memory(call), SHARES.why),
+    Case("shares", fills_memory, SHARES.why),
     Case("patches", lambda call: True, PATCHES.why),
 )
 

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['A_STEP', 'BACKENDS', 'TRAPS', 'Call', 'Algorithm', 'Case', 'backend', 'is_backend_given', 'as_on', 'Trap',
-           'most_unfolded']
+           'is_counted', 'most_unfolded']
 
 # %% ../../nbs/algorithms/record.ipynb #02cb16d9
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from math import inf, prod
+from math import prod
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -197,14 +197,19 @@ TRAPS = {
 # %% ../../nbs/algorithms/record.ipynb #78fb6292
 _MOST_COUNTED = 2**31  # values
 
+def is_counted(
+    values: int,  # of an array
+) -> bool:
+    "Whether MLX's own convolution can count them."
+    return values < _MOST_COUNTED or not TRAPS["counts"].holds()
+
 @patch(as_prop=True)
 def can_be_counted(self: Call):
     "Whether MLX's own convolution can count the values of input and output."
-    most = max(self.inputs, prod(self.g.output_shape))
-    return most < _MOST_COUNTED or not TRAPS["counts"].holds()
+    return is_counted(max(self.inputs, prod(self.g.output_shape)))
 
 def most_unfolded(
     backend: str,  # of `BACKENDS`
-) -> float:  # values; infinity where windows are not counted
+) -> int:  # values
     "How many values all windows of one call of MLX's convolution may have."
-    return _MOST_COUNTED - 1 if backend == "cuda" and TRAPS["windows"].holds() else inf
+    return (_MOST_COUNTED if backend == "cuda" and TRAPS["windows"].holds() else 2**63) - 1

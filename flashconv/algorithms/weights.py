@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .matmul import LONG, windows
 from .native import EVEN, FEW_INPUTS, FEW_OUTPUTS
-from .record import Algorithm, Call, backend, most_unfolded
+from .record import Algorithm, Call, backend, is_counted, most_unfolded
 from .taps import as_products_need, in_full_precision
 from .tiles import (
     held_in_tiles, in_turn, runs, summed_in_turn, tile_bytes, whole_bytes)
@@ -90,13 +90,13 @@ def swapped(
     g: Geometry,  # of a convolution in one group
 ) -> mx.array:  # cotangent of PyTorch's weight
     "`mx.conv_general` with batch and channels in each other's place."
-    arrays = [mx.moveaxis(a, g.channel_axis, -1) for a in _larger_first(x, cotangent, g)]
-    values = prod(g.kernel_size) * arrays[0].shape[-1] * (arrays[1].size // arrays[1].shape[-1])
-    parts = -(-values // most_unfolded(backend()))
-    if parts == 1: return _swapped(*arrays, g)
-    large, small = map(mx.contiguous, in_full_precision(*arrays))
-    sums = [_swapped(large[a:b], small[a:b], g) for a, b in runs(len(large), parts)]
-    return mx.stack(sums).sum(0).astype(x.dtype)
+    large, small = (mx.moveaxis(a, g.channel_axis, -1) for a in _larger_first(x, cotangent, g))
+    values = prod(g.kernel_size) * large.shape[-1] * prod(small.shape[1:-1])  # in an image's windows
+    images = min(len(x), max(most_unfolded(backend()) // values, 1))
+    if images == len(x): return _swapped(large, small, g)
+    large, small = map(mx.contiguous, in_full_precision(large, small))
+    parts = runs(len(x), -(-len(x) // images))
+    return mx.stack([_swapped(large[a:b], small[a:b], g) for a, b in parts]).sum(0).astype(x.dtype)
 
 def _swapped(large, small, g):
     "The same for both arrays, channels last."
@@ -117,17 +117,19 @@ def shares(
 ) -> mx.array:  # cotangent of PyTorch's weight
     "One `mx.conv_general`, with a group for each share of the batch, and the sum over them."
     large, small = (mx.unflatten(mx.moveaxis(a, g.channel_axis, 1), 1, (g.groups, -1))
-                    for a in _larger_first(*in_full_precision(x, cotangent), g))
+                    for a in _larger_first(x, cotangent, g))
     inner, outputs = large.shape[2], small.shape[2]
     n_runs, n_parts, images = _cut(len(small), small.shape[3], len(g.stride))
-    large, small = _in_runs(*_filled_up(large, small, g, n_parts * images), g, n_runs)
+    large, small = _filled_up(large, small, g, n_parts * images)
+    filled, (large, small) = small.shape[2], _in_runs(large, small, g, n_runs)
     large = mx.unflatten(large, 2, (n_parts, images)).transpose(0, 5, 6, 7, 4, 1, 2, 3)
     small = mx.unflatten(small, 1, (n_parts, images)).transpose(3, 0, 1, 4, 5, 6, 2)
+    large, small = mx.flatten(mx.flatten(large, 4), 0, 1), mx.flatten(small, 0, 3)
     kernel, stride, dilation = map(_of_two, (g.kernel_size, g.stride, g.dilation))
-    w = mx.conv_general(mx.flatten(mx.flatten(large, 4), 0, 1), mx.flatten(small, 0, 3), dilation,
-                        kernel_dilation=stride, groups=g.groups * n_runs * n_parts)
+    w = mx.conv_general(*in_full_precision(large, small), dilation, kernel_dilation=stride,
+                        groups=g.groups * n_runs * n_parts)
     w = w[:, : kernel[0], : kernel[1]]  # (taps in depth * C/groups, *two axes, all outputs)
-    w = w.reshape(-1, inner, *kernel, g.groups, n_runs * n_parts, small.shape[3]).sum(-2)
+    w = w.reshape(-1, inner, *kernel, g.groups, n_runs * n_parts, filled).sum(-2)
     w = w[..., :outputs].transpose(4, 5, 1, 0, 2, 3)
     return w.reshape(-1, inner, *g.kernel_size).astype(x.dtype)
 
@@ -149,12 +151,13 @@ def _cut(images, length, axes):
     return n_runs, n_parts, each if each <= FEW_INPUTS else -(-each // EVEN) * EVEN
 
 # %% ../../nbs/algorithms/weights.ipynb #5ba2e507
+def _missing(outputs): return -outputs % EVEN if outputs > FEW_OUTPUTS else 0
+
 def _filled_up(large, small, g, images):
     "Both arrays, padded, with images and outputs of zeros where a kernel wants more."
-    missing, outputs = images - len(small), small.shape[2]
-    more = -outputs % EVEN if outputs > FEW_OUTPUTS else 0
-    return (pad_axes(large, {0: (0, missing), **dict(enumerate(g.padding, 3))}),
-            pad_axes(small, {0: (0, missing), 2: (0, more)}))
+    images -= len(small)
+    return (pad_axes(large, {0: (0, images), **dict(enumerate(g.padding, 3))}),
+            pad_axes(small, {0: (0, images), 2: (0, _missing(small.shape[2]))}))
 
 # %% ../../nbs/algorithms/weights.ipynb #5ba2e509
 def _in_runs(large, small, g, n):
@@ -206,8 +209,6 @@ def _is_pointwise(call): return _is_dense(call) and call.n_taps == 1 and not cal
 
 def _takes_mlx(call): return _is_dense(call) and call.dtype != mx.float64
 
-def _takes_shares(call): return call.on_gpu and call.dtype in (mx.float32, mx.float16, mx.bfloat16)
-
 def fills_memory(
     call: Call,  # of the layer
 ) -> bool:
@@ -233,12 +234,25 @@ SWAPPED = Algorithm("swapped", swapped, _takes_mlx, lambda call: inf,
                     lambda call, arrays: arrays, "MLX's convolution knows it by its strides")
 
 # %% ../../nbs/algorithms/weights.ipynb #5ba2e512
+_COPIES = 3  # of both arrays at a time, since each step copies what the one before has made
+
+def _filled(call):
+    "The values of the larger array and of the other one, filled up."
+    g, outputs = call.g, call.weight_shape[0] // call.g.groups
+    _, n_parts, images = _cut(g.output_shape[0], g.out[0], call.axes)
+    small = call.steps * g.groups * (outputs + _missing(outputs))
+    large = prod(g.output_shape) if g.transposed else call.inputs
+    if call.axes == 3: large *= g.kernel_size[0]
+    return [values * n_parts * images // g.output_shape[0] for values in (large, small)]
+
+def _takes_shares(call):
+    is_known = call.dtype in (mx.float32, mx.float16, mx.bfloat16)
+    return call.on_gpu and is_known and is_counted(max(_filled(call)))
+
 def _held_in_shares(call, arrays):
-    "Two copies at a time, filled up and in float32, and the sums of all shares."
-    g, (n_runs, n_parts, images) = call.g, _cut(call.g.output_shape[0], call.g.out[0], call.axes)
-    taps = g.kernel_size[0] if call.axes == 3 else 1
-    copied = arrays * 4 // call.dtype.size * taps * n_parts * images // g.output_shape[0]
-    return 2 * copied + 2 * 4 * n_runs * n_parts * prod(call.weight_shape)
+    "Copies in float32, filled up, and the sums of all shares."
+    n_runs, n_parts, _ = _cut(call.g.output_shape[0], call.g.out[0], call.axes)
+    return 4 * (_COPIES * sum(_filled(call)) + 2 * n_runs * n_parts * prod(call.weight_shape))
 
 SHARES = Algorithm("shares", shares, _takes_shares, lambda call: inf, _held_in_shares,
                    "all windows would fill the memory")
