@@ -127,8 +127,11 @@ _MOST_PHASES = 16  # launches that are soon less than the products of stamps
 def _has_few_phases(call):
     return call.g.groups > 1 and prod(call.g.stride) <= _MOST_PHASES and call.dtype != mx.complex64
 
+def _is_read_in_place(call):  # channels last, a product would copy what a stride leaves
+    return call.is_pointwise and not (call.is_strided and call.g.channels_last)
+
 ON_GPUS = (
-    Case("matmul", lambda call: call.is_pointwise, "a product with the input as it lies"),
+    Case("matmul", _is_read_in_place, "a product with the input as it lies"),
     Case("matmul", lambda call: call.n_places == call.g.groups == 1, "one output place"),
     Case("spread", _is_spread, SPREAD.why),
     Case("phases", _has_few_phases, PHASES.why),
@@ -203,7 +206,7 @@ _VIEWS = {
     "AsStrided": lambda a, shape, strides, offset: as_strided(
         a.reshape(-1)[offset:], shape, [n * a.itemsize for n in strides])}
 _SHAPES = "Reshape", "Flatten", "Unflatten", "Squeeze", "ExpandDims"
-_COPIES = "Pad", "Concatenate", "StopGradient"  # the last one stands for `mx.contiguous`
+_COPIES = "Pad", "Concatenate", "Depends"  # the last one stands for `mx.contiguous`
 _BY_VALUE = "Add", "Multiply", "Maximum", "AsType"  # whose result lies as the input does
 
 # %% ../../nbs/algorithms/gpu.ipynb #5fffbf85
@@ -240,6 +243,8 @@ def _new(name, inputs, shape, dtype):
 # %% ../../nbs/algorithms/gpu.ipynb #77569d22
 def _without_rules(algorithm, g, may_fft): return lambda x, w: algorithm(x, w, g)
 
+def _exportable(array): return mx.depends(array, array)  # MLX can't export `mx.contiguous`
+
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # by bytes: NumPy has them all
 
 def _as_it_lies(array):
@@ -255,7 +260,7 @@ def counted(
     from unittest.mock import patch  # slow to import, and for this alone
 
     steps, made, count = [], {}, [0, 0, 0]
-    with (patch.object(mx, "contiguous", mx.stop_gradient),  # which MLX can export
+    with (patch.object(mx, "contiguous", _exportable),
           patch("flashconv.algorithms.derivatives._with_rules", _without_rules)):
         mx.export_function(steps.append, run, *arrays)
     for step in steps:
@@ -274,7 +279,7 @@ def _replay(step, made, count):
     view, copied = None, [a for a in read if _is_copied(name, a)]
     if name in _VIEWS: view = _VIEWS[name](inputs[0], *step["arguments"])
     if name in _SHAPES: view = _reshaped(inputs[0], shape)
-    if name == "StopGradient" and inputs[0].flags.c_contiguous: view = inputs[0]
+    if name == "Depends" and inputs[0].flags.c_contiguous: view = inputs[0]
     made[output] = _new(name, inputs, shape, dtype) if view is None else view
     if view is None and name in (*_SHAPES, *_COPIES): copied = [made[output]]
     elif view is None: count[0] += 1

@@ -100,13 +100,19 @@ def swapped(
 
 def _swapped(large, small, g):
     "The same for both arrays, channels last."
+    is_row = len(g.stride) == 1  # the kernels are for two axes, of which the second tells gradients
     behind = [s * (o - 1) + d * (k - 1) + 1 - i - before for s, o, d, k, i, (before, _)
               in zip(g.stride, small.shape[1:-1], g.dilation, g.kernel_size, large.shape[1:-1],
                      g.padding)]
     large = pad_axes(large, {axis: (0, min(n, 0)) for axis, n in enumerate(behind, 1)})
-    padding = [p[0] for p in g.padding], [max(n, 0) for n in behind]
-    w = mx.conv_general(large.swapaxes(0, -1), small.swapaxes(0, -1), g.dilation, padding,
-                        kernel_dilation=g.stride)  # (C, *kernel, O)
+    numbers = g.dilation, [p[0] for p in g.padding], [max(n, 0) for n in behind], g.stride
+    if is_row:
+        large, small = large[:, None], small[:, None]
+        numbers = [(empty, *of) for empty, of in zip((1, 0, 0, 1), numbers)]
+    stride, before, after, dilation = numbers
+    w = mx.conv_general(large.swapaxes(0, -1), small.swapaxes(0, -1), stride, (before, after),
+                        kernel_dilation=dilation)  # (C, *kernel, O)
+    if is_row: w = mx.squeeze(w, 1)
     return mx.moveaxis(w.swapaxes(0, -1), -1, 1)
 
 # %% ../../nbs/algorithms/weights.ipynb #5ba2e502
