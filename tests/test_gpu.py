@@ -63,6 +63,23 @@ def watched():
         names += [name for name, *_ in seen]
 
 
+@pytest.mark.parametrize("dtype", (mx.float32, mx.float16), ids=str)
+@pytest.mark.parametrize("stride, dilation, padding", (
+    (2, 1, 0), (3, 2, 1), ((2, 1, 2), 1, 1), ((1, 2, 1), (2, 1, 1), 0)))
+def test_transposed_volumes(torch, backend, stride, dilation, padding, dtype):
+    "In both layouts, as PyTorch in float64."
+    kw = {"stride": stride, "dilation": dilation, "padding": padding}
+    x, w = (mx.random.normal(shape).astype(dtype) for shape in ((2, 3, 4, 5, 3), (3, 2, 3, 2, 4)))
+    def theirs(*arrays):
+        tensors = (torch.tensor(np.array(a)).double() for a in arrays)
+        return torch.nn.functional.conv_transpose3d(*tensors, **kw).numpy()
+    right, size = theirs(x, w), theirs(mx.abs(x), mx.abs(w))
+    first = F.conv_transpose3d(x, w, **kw)
+    last = F.conv_transpose3d(mx.moveaxis(x, 1, -1), w, **kw, data_format="channels_last")
+    for y in (first, mx.moveaxis(last, -1, 1)):
+        assert np.all(np.abs(np.array(y) - right) <= 64 * float(mx.finfo(dtype).eps) * size)
+
+
 @pytest.fixture
 def small_memory(monkeypatch):
     "As if all windows of any call would fill the memory."
@@ -349,9 +366,14 @@ def test_volumes(backend, groups):
 
 
 def test_transposed_volumes_and_groups(backend):
-    "What Metal has no kernel for, and what neither has one for."
-    x, w, g = geometry((4, 6, (5, 5, 5), (3,) * 3, {"stride": 2, "transposed": True}), 2, False)
-    assert launched(x, w, g)[1] == ("overlap_add" if backend == "metal" else "spread")
+    "What Metal has a kernel for in two axes only, and what neither has one for."
+    for taps, kernels in ((3, 3 + 1), (4, 4 + 2)):  # convolutions, and sums of planes
+        x, w, g = geometry((4, 6, (5, 5, 5), (taps,) * 3, {"stride": 2, "transposed": True}), 2, True)
+        counts, form = launched(x, w, g)
+        assert (form, counts.kernels) == ("spread", kernels if backend == "metal" else 1)
+    x, w, g = geometry((4, 6, (5, 5, 5), (2,) * 3, {"stride": 2, "transposed": True}), 2, True)
+    counts, form = launched(x, w, g)
+    assert (form, counts.kernels) == ("overlap_add" if backend == "metal" else "spread", 1)
     x, w, g = geometry((4, 6, (9, 9), (3,) * 2, {"stride": 2, "transposed": True}), 2, False, 2)
     counts, form = launched(x, w, g)
     assert form == "phases" and counts.kernels == 1 + 4 + 4  # zeros; for a phase a convolution, and its place

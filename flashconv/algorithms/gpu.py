@@ -10,6 +10,7 @@ __all__ = ['SPREAD', 'VOLUME', 'ON_GPUS', 'ON_GPUS_FOR_WEIGHTS', 'spread', 'volu
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from math import inf, prod
 from pathlib import Path
@@ -24,6 +25,7 @@ from .native import (
 from .overlap import OVERLAP_ADD, PHASES, overlap_add
 from .record import (
     TRAPS, Algorithm, Call, Case, backend, most_unfolded)
+from .taps import added, in_full_precision
 from .tiles import in_tiles
 from .weights import PATCHES, PRODUCT, SHARES, SWAPPED, fills_memory
 from ..geometry import Geometry
@@ -43,7 +45,8 @@ def _spread(x, w, g):
     if backend() == "cuda" and not _has_graph_to_itself(x.shape, w.shape, x.dtype, g):
         return overlap_add(x, w, g)
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
-    y = _spread_out(x, mx.moveaxis(swap_channels(w, 1), 1, -1), g)
+    run = _spread_by_depth if len(g.stride) == 3 and backend() == "metal" else _spread_out
+    y = run(x, mx.moveaxis(swap_channels(w, 1), 1, -1), g)
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
 
 # %% ../../nbs/algorithms/gpu.ipynb #7601e273
@@ -59,6 +62,25 @@ def _spread_out(x, w, g):
     y = mx.conv_general(x, w, 1, padding, dilation, stride, flip=True)
     if is_row: y = mx.squeeze(y, 2)
     return pad_axes(y, {axis: (min(a, 0), min(b, 0)) for axis, (a, b) in enumerate(amounts, 1)})
+
+# %% ../../nbs/algorithms/gpu.ipynb #5ba2e603
+_PER_AXIS = "kernel_size", "stride", "padding", "dilation", "output_padding"
+
+def _spread_by_depth(x, w, g):
+    "A volume, channels last, in float32: a convolution of all its planes for each tap in depth."
+    dtype, (n, depth), step = x.dtype, x.shape[:2], g.stride[0]
+    before, lanes = g.padding[0][0], [[] for _ in range(step)]
+    plane = replace(g, **{name: getattr(g, name)[1:] for name in _PER_AXIS})
+    x, w = in_full_precision(mx.flatten(x, 0, 1), w)
+    length = -(-(before + g.out[0]) // step)  # of a lane: every so-many-th plane
+    for tap in range(g.kernel_size[0]):
+        first, lane = divmod(tap * g.dilation[0], step)
+        if first >= length: continue
+        planes = mx.unflatten(_spread_out(x, w[:, tap], plane), 0, (n, depth))
+        lanes[lane].append(pad_axes(planes, {1: (first, length - first - depth)}))
+    empty = mx.zeros((n, length, *g.out[1:], len(w)), x.dtype)
+    y = mx.stack([added(terms) if terms else empty for terms in lanes], 2)
+    return mx.flatten(y, 1, 2)[:, before : before + g.out[0]].astype(dtype)
 
 # %% ../../nbs/algorithms/gpu.ipynb #95aba49e
 @lru_cache(maxsize=4096)
@@ -110,7 +132,13 @@ def _is_volume(call): return _takes_mlx(call) and call.axes == 3 and not call.g.
 
 def _goes_by_depth(groups): return groups > 1 and TRAPS["groups"].holds()
 
-SPREAD = Algorithm("spread", spread, _can_spread, lambda call: inf, copied_on_gpu,
+def _held_by_spread(call, arrays):
+    held, g = copied_on_gpu(call, arrays), call.g
+    if call.axes < 3 or call.backend == "cuda": return held
+    planes = 1 + -(-g.kernel_size[0] // g.stride[0])  # for each of the result
+    return held + (2 * planes * prod(g.output_shape) + g.kernel_size[0] * prod(call.weight_shape)) * 4
+
+SPREAD = Algorithm("spread", spread, _can_spread, lambda call: inf, _held_by_spread,
                    "MLX spreads the input by the stride")
 VOLUME = Algorithm("volume", volume,
                    lambda call: _is_volume(call) and not _goes_by_depth(call.g.groups),
@@ -120,7 +148,9 @@ VOLUME = Algorithm("volume", volume,
 def _is_spread(call):
     image = call.n_places * call.n_taps * call.weight_shape[0]  # values, if CUDA unfolds it
     is_counted = call.can_be_counted and image <= most_unfolded(call.backend)
-    return call.is_strided and is_counted and (call.axes < 3 or call.backend == "cuda")
+    are_apart = call.g.kernel_size == call.g.stride  # stamps, which Metal could write at once
+    return call.is_strided and is_counted and not (
+        are_apart and call.axes == 3 and call.backend == "metal")
 
 _MOST_PHASES = 16  # launches that are soon less than the products of stamps
 
