@@ -63,25 +63,6 @@ def _spread_out(x, w, g):
     if is_row: y = mx.squeeze(y, 2)
     return pad_axes(y, {axis: (min(a, 0), min(b, 0)) for axis, (a, b) in enumerate(amounts, 1)})
 
-# %% ../../nbs/algorithms/gpu.ipynb #5ba2e603
-_PER_AXIS = "kernel_size", "stride", "padding", "dilation", "output_padding"
-
-def _spread_by_depth(x, w, g):
-    "A volume, channels last, in float32: a convolution of all its planes for each tap in depth."
-    dtype, (n, depth), step = x.dtype, x.shape[:2], g.stride[0]
-    before, lanes = g.padding[0][0], [[] for _ in range(step)]
-    plane = replace(g, **{name: getattr(g, name)[1:] for name in _PER_AXIS})
-    x, w = in_full_precision(mx.flatten(x, 0, 1), w)
-    length = -(-(before + g.out[0]) // step)  # of a lane: every so-many-th plane
-    for tap in range(g.kernel_size[0]):
-        first, lane = divmod(tap * g.dilation[0], step)
-        if first >= length: continue
-        planes = mx.unflatten(_spread_out(x, w[:, tap], plane), 0, (n, depth))
-        lanes[lane].append(pad_axes(planes, {1: (first, length - first - depth)}))
-    empty = mx.zeros((n, length, *g.out[1:], len(w)), x.dtype)
-    y = mx.stack([added(terms) if terms else empty for terms in lanes], 2)
-    return mx.flatten(y, 1, 2)[:, before : before + g.out[0]].astype(dtype)
-
 # %% ../../nbs/algorithms/gpu.ipynb #95aba49e
 @lru_cache(maxsize=4096)
 def _first_stride(*key): return []  # filled by the first call; MLX keeps 128 graphs a thread
@@ -113,6 +94,25 @@ def _volume(x, w, g):
                         groups=g.groups)
     if y.shape[1:-1] != g.out: y = y[(slice(None), *map(slice, g.out))]
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
+
+# %% ../../nbs/algorithms/gpu.ipynb #5ba2e603
+_PER_AXIS = "kernel_size", "stride", "padding", "dilation", "output_padding"
+
+def _spread_by_depth(x, w, g):
+    "A volume, channels last, in float32: a convolution of all its planes for each tap in depth."
+    dtype, (n, depth), step = x.dtype, x.shape[:2], g.stride[0]
+    before, lanes = g.padding[0][0], [[] for _ in range(step)]
+    plane = replace(g, **{name: getattr(g, name)[1:] for name in _PER_AXIS})
+    x, w = in_full_precision(mx.flatten(x, 0, 1), w)
+    length = -(-(before + g.out[0]) // step)  # of a lane: every so-many-th plane
+    for tap in range(g.kernel_size[0]):
+        first, lane = divmod(tap * g.dilation[0], step)
+        if first >= length: continue
+        planes = mx.unflatten(_spread_out(x, w[:, tap], plane), 0, (n, depth))
+        lanes[lane].append(pad_axes(planes, {1: (first, length - first - depth)}))
+    empty = mx.zeros((n, length, *g.out[1:], len(w)), x.dtype)
+    y = mx.stack([added(terms) if terms else empty for terms in lanes], 2)
+    return mx.flatten(y, 1, 2)[:, before : before + g.out[0]].astype(dtype)
 
 # %% ../../nbs/algorithms/gpu.ipynb #88c39eca
 def _has_planes_for_winograd(call):

@@ -179,10 +179,11 @@ def copied_on_gpu(
     is_padded_first = call.axes != 2 and call.is_padded
     return weight if call.g.channels_last and not is_padded_first else arrays - output
 
-# %% ../../nbs/algorithms/native.ipynb #f5e32d15
+# %% ../../nbs/algorithms/native.ipynb #5ba2e702
 EVEN = 16  # channels of which Metal's kernels take multiples
 FEW_INPUTS, FEW_OUTPUTS = 4, 16  # channels that they take as they are
 
+# %% ../../nbs/algorithms/native.ipynb #f5e32d15
 def _is_unfolded(call):
     "Whether Metal writes columns, since it has no kernel for so many channels in a group."
     g, (outputs, inputs) = call.g, call.weight_shape[:2]

@@ -91,8 +91,8 @@ def swapped(
 ) -> mx.array:  # cotangent of PyTorch's weight
     "`mx.conv_general` with batch and channels in each other's place."
     large, small = (mx.moveaxis(a, g.channel_axis, -1) for a in _larger_first(x, cotangent, g))
-    values = prod(g.kernel_size) * large.shape[-1] * prod(small.shape[1:-1])  # in an image's windows
-    images = min(len(x), max(most_unfolded(backend()) // values, 1))
+    image = prod(g.kernel_size) * large.shape[-1] * prod(small.shape[1:-1])  # values in windows
+    images = min(len(x), max(most_unfolded(backend()) // image, 1))
     if images == len(x): return _swapped(large, small, g)
     large, small = map(mx.contiguous, in_full_precision(large, small))
     parts = runs(len(x), -(-len(x) // images))
@@ -161,7 +161,7 @@ def _missing(outputs): return -outputs % EVEN if outputs > FEW_OUTPUTS else 0
 
 def _filled_up(large, small, g, images):
     "Both arrays, padded, with images and outputs of zeros where a kernel wants more."
-    images -= len(small)
+    images -= len(small)  # that are missing
     return (pad_axes(large, {0: (0, images), **dict(enumerate(g.padding, 3))}),
             pad_axes(small, {0: (0, images), 2: (0, _missing(small.shape[2]))}))
 
@@ -170,7 +170,7 @@ def _in_runs(large, small, g, n):
     "(taps in depth, runs, N, groups, C, *two axes) and (runs, N, groups, O, *two axes)."
     length, step, before = small.shape[3] // n, g.stride[0], (slice(None),) * 3
     small = mx.moveaxis(mx.unflatten(small, 3, (n, length)), 3, 0)
-    if len(g.stride) == 3:
+    if len(g.stride) == 3:  # a copy for each tap in depth
         firsts, reach = range(0, g.spans[0], g.dilation[0]), (n - 1) * step + 1
         met = [large[(*before, slice(first, first + reach, step))] for first in firsts]
         return mx.moveaxis(mx.stack(met), 4, 1), mx.squeeze(small, 4)
