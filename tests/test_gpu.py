@@ -675,6 +675,11 @@ def test_versions_of_a_trap(monkeypatch, installed, since, until, holds):
     assert record.Trap("all", "", "", since, until).holds() is holds
 
 
+def test_what_is_left_to_a_newer_mlx_is_mended():
+    "A trap that nothing is done about."
+    assert not record.TRAPS["rows"].holds()
+
+
 def test_traps_that_a_cpu_shows():
     "Once one of these fails, the version of MLX that mends it belongs into `TRAPS`."
     with mx.stream(mx.cpu):

@@ -130,11 +130,12 @@ def shares(
     filled, (large, small) = small.shape[2], _in_runs(large, small, g, n_runs)
     large = mx.unflatten(large, 2, (n_parts, images)).transpose(0, 5, 6, 7, 4, 1, 2, 3)
     small = mx.unflatten(small, 1, (n_parts, images)).transpose(3, 0, 1, 4, 5, 6, 2)
-    large, small = mx.flatten(mx.flatten(large, 4), 0, 1), mx.flatten(small, 0, 3)
+    large = mx.flatten(mx.flatten(large, 4), 0, 1)  # (taps in depth * C, *two axes, all images)
+    small = mx.flatten(small, 0, 3)  # (groups * runs * parts * O, *two axes, images)
     kernel, stride, dilation = map(_of_two, (g.kernel_size, g.stride, g.dilation))
     w = mx.conv_general(*in_full_precision(large, small), dilation, kernel_dilation=stride,
                         groups=g.groups * n_runs * n_parts)
-    w = w[:, : kernel[0], : kernel[1]]  # (taps in depth * C/groups, *two axes, all outputs)
+    w = w[:, : kernel[0], : kernel[1]]
     w = w.reshape(-1, inner, *kernel, g.groups, n_runs * n_parts, filled).sum(-2)
     w = w[..., :outputs].transpose(4, 5, 1, 0, 2, 3)
     return w.reshape(-1, inner, *g.kernel_size).astype(x.dtype)
@@ -151,7 +152,9 @@ def _cut(images, length, axes):
         most = max(_SHARES // images, 1)
         n_runs = max(n for n in range(1, most + 1) if length % n == 0)
     each = min(images, -(-images * n_runs // _SHARES))
-    if each > FEW_INPUTS: each = each // EVEN * EVEN or FEW_INPUTS
+    if each > FEW_INPUTS:
+        is_even = -images % EVEN <= images / 4  # or too many images would be missing
+        each = max(each // EVEN * EVEN, EVEN if is_even else FEW_INPUTS)
     n_parts = -(-images // each)
     each = -(-images // n_parts)
     return n_runs, n_parts, each if each <= FEW_INPUTS else -(-each // EVEN) * EVEN
