@@ -104,7 +104,7 @@ def _spread_by_depth(x, w, g):
     before, lanes = g.padding[0][0], [[] for _ in range(step)]
     plane = replace(g, **{name: getattr(g, name)[1:] for name in _PER_AXIS})
     x, w = in_full_precision(mx.flatten(x, 0, 1), w)
-    length = -(-(before + g.out[0]) // step)  # of a lane: every so-many-th plane
+    length = -(-(before + g.out[0]) // step)  # of a lane: planes that lie one stride apart
     for tap in range(g.kernel_size[0]):
         first, lane = divmod(tap * g.dilation[0], step)
         if first >= length: continue
