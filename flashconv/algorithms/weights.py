@@ -239,8 +239,10 @@ def _held(call, arrays):
 
 PATCHES = Algorithm("patches", patches, lambda call: call.is_inexact, lambda call: inf, _held,
                     "a product with all windows")
-SWAPPED = Algorithm("swapped", swapped, _takes_mlx, lambda call: inf,
-                    lambda call, arrays: arrays, "MLX's convolution knows it by its strides")
+def _held_by_swapped(call, arrays): return arrays * 4 // call.dtype.size  # parts are in float32
+
+SWAPPED = Algorithm("swapped", swapped, _takes_mlx, lambda call: inf, _held_by_swapped,
+                    "MLX's convolution knows it by its strides")
 
 # %% ../../nbs/algorithms/weights.ipynb #5ba2e512
 _COPIES = 3  # of both arrays at a time, since each step copies what the one before has made
