@@ -239,10 +239,11 @@ def main(
         return "MLX has no GPU here. --device cpu tries the command out."
     layers = [layer for layer in LAYERS if given.layers in layer.name]
     if not layers: return f"no layer is called {given.layers!r}; there are {_names()}"
-    batches = _BATCHES[given.device]
+    batches, is_kept = _BATCHES[given.device], given.device == "gpu"
     cases = [*product(layers, batches, (False, True), _DTYPES, (False, True))]
     with mx.stream(getattr(mx, given.device)), as_on(_followed(given.device)):
-        print(report(_measured(cases, given.seconds)))
+        print(report(_measured(cases, given.seconds, is_kept)))
+    if not is_kept: print("Nothing is kept: what is fast on a CPU may be slow on a GPU.")
     return 0
 
 def _names(): return ", ".join(layer.name for layer in LAYERS)
@@ -250,19 +251,23 @@ def _names(): return ", ".join(layer.name for layer in LAYERS)
 def _followed(device): return "metal" if device == "cpu" else backend()
 
 # %% ../nbs/31_gpu.ipynb #7b436c8e
-def _measured(cases, seconds):
-    "All cases, with a bar that says how far it is; the winners are kept."
+def _measured(cases, seconds, is_kept):
+    "All cases, with a bar that says how far it is; the winners may be kept."
     results = []
     for i, case in enumerate(cases):
         print(f"\r[{'#' * (30 * i // len(cases)):30}] {i}/{len(cases)}", end="", file=sys.stderr)
         results.append(measure(case, seconds / len(cases)))
-        file = winners_file()
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps(winners(results), indent=1))
-        new.replace(file)
+        if is_kept: _keep(winners(results))
     print(f"\r{' ' * 50}\r", end="", file=sys.stderr)
     return results
+
+def _keep(found):
+    "Write a file that is never seen half written."
+    file = winners_file()
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(found, indent=1))
+    new.replace(file)
 
 # %% ../nbs/31_gpu.ipynb #70cf5d2a
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

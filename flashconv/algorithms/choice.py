@@ -24,7 +24,7 @@ from .native import NATIVE
 from .overlap import OVERLAP_ADD, PHASES
 from .record import Call, Case, backend, is_backend_given
 from .taps import TAPS
-from .weights import PATCHES, PRODUCT, SWAPPED
+from .weights import PATCHES, PRODUCT, SHARES, SWAPPED, fills_memory
 from ..arguments import is_one_of
 from ..geometry import Geometry
 
@@ -32,7 +32,7 @@ from ..geometry import Geometry
 ALGORITHMS = {each.name: each
               for each in (KERNEL, NATIVE, MATMUL, TAPS, FFT, OVERLAP_ADD, PHASES, SPREAD,
                            VOLUME)}
-FOR_WEIGHTS = {each.name: each for each in (PRODUCT, PATCHES, SWAPPED)}
+FOR_WEIGHTS = {each.name: each for each in (PRODUCT, PATCHES, SWAPPED, SHARES)}
 
 def possible(
     call: Call,  # what there is to run
@@ -198,5 +198,5 @@ def choose_for_weight(
     if names := _tuned.get(weight_key(call)):
         return (names[0], "the fastest when tuned") if names[0] in FOR_WEIGHTS else None
     if not call.on_gpu: return _named(_ON_CPUS_FOR_WEIGHTS, FOR_WEIGHTS, call)
-    found = measured(call, FOR_WEIGHTS, "weight gradient")
+    found = None if fills_memory(call) else measured(call, FOR_WEIGHTS, "weight gradient")
     return found or _named(ON_GPUS_FOR_WEIGHTS, FOR_WEIGHTS, call)

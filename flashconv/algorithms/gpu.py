@@ -10,6 +10,7 @@ __all__ = ['SPREAD', 'VOLUME', 'ON_GPUS', 'ON_GPUS_FOR_WEIGHTS', 'spread', 'volu
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from math import inf, prod
 from pathlib import Path
@@ -22,8 +23,11 @@ from numpy.lib.stride_tricks import as_strided
 from .native import (
     NATIVE, copied_on_gpu, is_in_winograds_range, loses_digits_in_float32, swap_channels)
 from .overlap import OVERLAP_ADD, PHASES, overlap_add
-from .record import TRAPS, Algorithm, Call, Case, backend
-from .weights import PATCHES, PRODUCT, SWAPPED
+from .record import (
+    TRAPS, Algorithm, Call, Case, backend, most_unfolded)
+from .taps import added, in_full_precision
+from .tiles import in_tiles
+from .weights import PATCHES, PRODUCT, SHARES, SWAPPED, fills_memory
 from ..geometry import Geometry
 from ..padding import pad_axes
 
@@ -34,10 +38,15 @@ def spread(
     g: Geometry,  # of a transposed convolution in one group
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "One `mx.conv_general`, whose input MLX spreads out."
+    values = len(x) * prod(g.out) * prod(g.kernel_size) * len(w)
+    return in_tiles(_spread, x, w, g, values, most_unfolded(backend()))
+
+def _spread(x, w, g):
     if backend() == "cuda" and not _has_graph_to_itself(x.shape, w.shape, x.dtype, g):
         return overlap_add(x, w, g)
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
-    y = _spread_out(x, mx.moveaxis(swap_channels(w, 1), 1, -1), g)
+    run = _spread_by_depth if len(g.stride) == 3 and backend() == "metal" else _spread_out
+    y = run(x, mx.moveaxis(swap_channels(w, 1), 1, -1), g)
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
 
 # %% ../../nbs/algorithms/gpu.ipynb #7601e273
@@ -46,8 +55,8 @@ def _spread_out(x, w, g):
     amounts = [(span - 1 - before, span - 1 - after + extra)
                for span, (before, after), extra in zip(g.spans, g.padding, g.output_padding)]
     padding = tuple(zip(*[(max(a, 0), max(b, 0)) for a, b in amounts]))
-    stride, dilation, is_row = g.stride, g.dilation, len(g.stride) == 1 and backend() == "metal"
-    if is_row:  # Metal has the kernel for two axes only
+    stride, dilation, is_row = g.stride, g.dilation, len(g.stride) == 1
+    if is_row:  # the kernels are for two axes
         x, w, stride, dilation = x[:, :, None], w[:, :, None], (*stride, 1), (*dilation, 1)
         padding = tuple((*of, 0) for of in padding)
     y = mx.conv_general(x, w, 1, padding, dilation, stride, flip=True)
@@ -73,6 +82,10 @@ def volume(
     g: Geometry,  # of a convolution over three axes; in one group, while MLX has no others
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "One `mx.conv_general` over three axes."
+    values = len(x) * prod(g.out) * prod(g.kernel_size) * x.shape[g.channel_axis]
+    return in_tiles(_volume, x, w, g, values, most_unfolded(backend()))
+
+def _volume(x, w, g):
     if not g.channels_last: x = mx.moveaxis(x, 1, -1)
     padding = g.padding
     if len(x) == 1 and g.stride[0] == g.dilation[0] == 1:
@@ -81,6 +94,25 @@ def volume(
                         groups=g.groups)
     if y.shape[1:-1] != g.out: y = y[(slice(None), *map(slice, g.out))]
     return y if g.channels_last else mx.moveaxis(y, -1, 1)
+
+# %% ../../nbs/algorithms/gpu.ipynb #5ba2e603
+_PER_AXIS = "kernel_size", "stride", "padding", "dilation", "output_padding"
+
+def _spread_by_depth(x, w, g):
+    "A volume, channels last, in float32: a convolution of all its planes for each tap in depth."
+    dtype, (n, depth), step = x.dtype, x.shape[:2], g.stride[0]
+    before, lanes = g.padding[0][0], [[] for _ in range(step)]
+    plane = replace(g, **{name: getattr(g, name)[1:] for name in _PER_AXIS})
+    x, w = in_full_precision(mx.flatten(x, 0, 1), w)
+    length = -(-(before + g.out[0]) // step)  # of a lane: planes that lie one stride apart
+    for tap in range(g.kernel_size[0]):
+        first, lane = divmod(tap * g.dilation[0], step)
+        if first >= length: continue
+        planes = mx.unflatten(_spread_out(x, w[:, tap], plane), 0, (n, depth))
+        lanes[lane].append(pad_axes(planes, {1: (first, length - first - depth)}))
+    empty = mx.zeros((n, length, *g.out[1:], len(w)), x.dtype)
+    y = mx.stack([added(terms) if terms else empty for terms in lanes], 2)
+    return mx.flatten(y, 1, 2)[:, before : before + g.out[0]].astype(dtype)
 
 # %% ../../nbs/algorithms/gpu.ipynb #88c39eca
 def _has_planes_for_winograd(call):
@@ -100,7 +132,13 @@ def _is_volume(call): return _takes_mlx(call) and call.axes == 3 and not call.g.
 
 def _goes_by_depth(groups): return groups > 1 and TRAPS["groups"].holds()
 
-SPREAD = Algorithm("spread", spread, _can_spread, lambda call: inf, copied_on_gpu,
+def _held_by_spread(call, arrays):
+    held, g = copied_on_gpu(call, arrays), call.g
+    if call.axes < 3 or call.backend == "cuda": return held
+    planes = 1 + -(-g.kernel_size[0] // g.stride[0])  # for each of the result
+    return held + (2 * planes * prod(g.output_shape) + g.kernel_size[0] * prod(call.weight_shape)) * 4
+
+SPREAD = Algorithm("spread", spread, _can_spread, lambda call: inf, _held_by_spread,
                    "MLX spreads the input by the stride")
 VOLUME = Algorithm("volume", volume,
                    lambda call: _is_volume(call) and not _goes_by_depth(call.g.groups),
@@ -108,15 +146,22 @@ VOLUME = Algorithm("volume", volume,
 
 # %% ../../nbs/algorithms/gpu.ipynb #79225c36
 def _is_spread(call):
-    return call.is_strided and call.can_be_counted and (call.axes < 3 or call.backend == "cuda")
+    image = call.n_places * call.n_taps * call.weight_shape[0]  # values, if CUDA unfolds it
+    is_counted = call.can_be_counted and image <= most_unfolded(call.backend)
+    are_apart = call.g.kernel_size == call.g.stride  # stamps, which Metal could write at once
+    return call.is_strided and is_counted and not (
+        are_apart and call.axes == 3 and call.backend == "metal")
 
 _MOST_PHASES = 16  # launches that are soon less than the products of stamps
 
 def _has_few_phases(call):
     return call.g.groups > 1 and prod(call.g.stride) <= _MOST_PHASES and call.dtype != mx.complex64
 
+def _is_read_in_place(call):  # channels last, a product would copy what a stride leaves
+    return call.is_pointwise and not (call.is_strided and call.g.channels_last)
+
 ON_GPUS = (
-    Case("matmul", lambda call: call.is_pointwise, "a product with the input as it lies"),
+    Case("matmul", _is_read_in_place, "a product with the input as it lies"),
     Case("matmul", lambda call: call.n_places == call.g.groups == 1, "one output place"),
     Case("spread", _is_spread, SPREAD.why),
     Case("phases", _has_few_phases, PHASES.why),
@@ -127,9 +172,14 @@ ON_GPUS = (
 )
 
 # %% ../../nbs/algorithms/gpu.ipynb #a1dd9dd0
+def _is_swapped(call):
+    image = call.seen // call.g.output_shape[0]  # values, if CUDA unfolds it
+    return call.backend == "cuda" and call.can_be_counted and image <= most_unfolded("cuda")
+
 ON_GPUS_FOR_WEIGHTS = (
     Case("product", lambda call: True, PRODUCT.why),
-    Case("swapped", lambda call: call.can_be_counted and call.backend == "cuda", SWAPPED.why),
+    Case("swapped", _is_swapped, SWAPPED.why),
+    Case("shares", fills_memory, SHARES.why),
     Case("patches", lambda call: True, PATCHES.why),
 )
 
@@ -186,11 +236,17 @@ _VIEWS = {
     "AsStrided": lambda a, shape, strides, offset: as_strided(
         a.reshape(-1)[offset:], shape, [n * a.itemsize for n in strides])}
 _SHAPES = "Reshape", "Flatten", "Unflatten", "Squeeze", "ExpandDims"
-_COPIES = "Pad", "Concatenate", "StopGradient"  # the last one stands for `mx.contiguous`
+_COPIES = "Pad", "Concatenate", "Depends"  # the last one stands for `mx.contiguous`
 _BY_VALUE = "Add", "Multiply", "Maximum", "AsType"  # whose result lies as the input does
 
 # %% ../../nbs/algorithms/gpu.ipynb #5fffbf85
 def _slice(start, stop, step): return slice(start, stop if stop >= 0 or step > 0 else None, step)
+
+def _is_for_weight(name, inputs, shape):
+    "Whether CUDA sees a weight's gradient: large kernels, and axes that it swaps back."
+    is_moved = not any(a.flags.c_contiguous for a in inputs)
+    return (backend() == "cuda" and name == "Convolution" and is_moved
+            and inputs[1].shape[2] > shape[2])
 
 def _is_copied(name, a):
     "Whether an operation copies an input first: MLX's products read matrices either way."
@@ -217,6 +273,8 @@ def _new(name, inputs, shape, dtype):
 # %% ../../nbs/algorithms/gpu.ipynb #77569d22
 def _without_rules(algorithm, g, may_fft): return lambda x, w: algorithm(x, w, g)
 
+def _exportable(array): return mx.depends(array, array)  # MLX can't export `mx.contiguous`
+
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # by bytes: NumPy has them all
 
 def _as_it_lies(array):
@@ -232,7 +290,7 @@ def counted(
     from unittest.mock import patch  # slow to import, and for this alone
 
     steps, made, count = [], {}, [0, 0, 0]
-    with (patch.object(mx, "contiguous", mx.stop_gradient),  # which MLX can export
+    with (patch.object(mx, "contiguous", _exportable),
           patch("flashconv.algorithms.derivatives._with_rules", _without_rules)):
         mx.export_function(steps.append, run, *arrays)
     for step in steps:
@@ -247,10 +305,11 @@ def _replay(step, made, count):
     "One operation: what it makes, and what it costs."
     inputs, name = [made[each] for each, *_ in step["inputs"]], step["name"]
     (output, shape, dtype), *_ = step["outputs"]
-    view, copied = None, [a for a in inputs if _is_copied(name, a)]
+    read = [a.swapaxes(0, -1) for a in inputs] if _is_for_weight(name, inputs, shape) else inputs
+    view, copied = None, [a for a in read if _is_copied(name, a)]
     if name in _VIEWS: view = _VIEWS[name](inputs[0], *step["arguments"])
     if name in _SHAPES: view = _reshaped(inputs[0], shape)
-    if name == "StopGradient" and inputs[0].flags.c_contiguous: view = inputs[0]
+    if name == "Depends" and inputs[0].flags.c_contiguous: view = inputs[0]
     made[output] = _new(name, inputs, shape, dtype) if view is None else view
     if view is None and name in (*_SHAPES, *_COPIES): copied = [made[output]]
     elif view is None: count[0] += 1
