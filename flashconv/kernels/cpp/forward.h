@@ -254,6 +254,12 @@ void pack_weights(const Problem& p, const Plan& plan, const T* w, float* packed,
 
 // ---- a task -------------------------------------------------------------------------------------
 
+// Of all tiles of an image, where blocks are not turned.
+inline int64_t count_strips(const Plan& plan) {
+  const Parts strips(plan.spots.size(), max_vectors(plan.blocks.largest()));
+  return product(plan.tiles) * strips.count;
+}
+
 // Packing pays where a weight is used often: few places and many weights are read as they are.
 inline bool is_packing_worthwhile(const Problem& p, int64_t strips) {
   const bool reads_along_rows = p.weight_input < p.weight_output;
@@ -754,9 +760,8 @@ inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   for (int64_t f = 0; f < p.phases(); f++)
     plan.most_taps = std::max(plan.most_taps, plan.taps.count(f));
   place_spots(p, plan);
-  const Parts strips(plan.spots.size(), max_vectors(plan.blocks.largest()));
   plan.is_packed = !is_float32 || p.shared >= 0 || plan.is_turned ||
-                   is_packing_worthwhile(p, product(plan.tiles) * strips.count);
+                   is_packing_worthwhile(p, count_strips(plan));
   if (p.shared >= 0) plan.shared = share_taps(p, plan.taps);
   plan.group_tasks = divide_up(p.groups, plan.group_block);
   plan.block_tasks = divide_up(plan.blocks.count, plan.blocks_a_task);

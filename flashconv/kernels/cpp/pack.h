@@ -260,7 +260,7 @@ inline void zip(float* to, Vector a, Vector b) {
 inline void zip_phases(float* to, const float* sums, int64_t row_size, int64_t phases,
                        int64_t places) {
   for (int64_t i = 0; i < places; i += WIDTH) {
-    Vector row[4];
+    Vector row[4]{};
     for (int f = 0; f < phases; f++) row[f] = load(sums + f * row_size + i);
     float* here = to + i * phases;
     if (phases == 2) {
