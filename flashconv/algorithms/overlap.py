@@ -65,17 +65,22 @@ def _sums(stamps, axes):
 # %% ../../nbs/algorithms/overlap.ipynb #a0567314
 def _stamped(x, w, g):
     "The transposed convolution, channels first, of an input in the layout of the geometry."
-    x = mx.moveaxis(x, g.channel_axis, 0)  # (C, N, *size)
-    size, w = x.shape[1:], mx.unflatten(w, 0, (g.groups, -1))
+    x, size, n_images = mx.moveaxis(x, g.channel_axis, 1), g.sizes(x.shape), len(x)
+    by_image = backend() == "cpu" and (n_images == 1 or w.size <= x.size // n_images)
+    w = mx.unflatten(w, 0, (g.groups, -1))
     kernels = w.reshape(g.groups, w.shape[1], -1).swapaxes(1, 2)
-    stamps = channel_products(kernels, x.reshape(g.groups, w.shape[1], -1))
-    stamps = stamps.reshape(-1, *g.kernel_size, *size)
+    if by_image: x = x.reshape(n_images, g.groups, w.shape[1], -1)
+    else: x = x.swapaxes(0, 1).reshape(g.groups, w.shape[1], -1)
+    side_by_side = 1 if by_image else n_images
+    stamps = channel_products(kernels, x).reshape(-1, *g.kernel_size, side_by_side, *size)
     both = {1 + i: d for i, (s, d) in enumerate(zip(g.stride, g.dilation)) if s > 1 < d}
-    stamps = insert_zeros(stamps, both)
+    if both: stamps = insert_zeros(stamps, both)
     axes = [_axis(n, s, 1 if s > 1 else d, before, out) for n, s, d, (before, _), out
             in zip(stamps.shape[1:], g.stride, g.dilation, g.padding, g.out)]
-    y = _sums(stamps, axes).swapaxes(0, 1)
-    return y[(..., *(slice(axis.cut, axis.cut + out) for axis, out in zip(axes, g.out)))]
+    y = _sums(stamps, axes)
+    y = y.reshape(n_images, -1, *y.shape[2:]) if by_image else y.swapaxes(0, 1)
+    return pad_axes(y, {2 + i: (-axis.cut, axis.cut + out - axis.count * axis.step)
+                        for i, (axis, out) in enumerate(zip(axes, g.out))})
 
 # %% ../../nbs/algorithms/overlap.ipynb #fbf31277
 def _by_outputs(x, w, g, parts):

@@ -11,8 +11,8 @@ from math import inf, prod
 
 import mlx.core as mx
 
-from .matmul import LONG, windows
-from .record import Algorithm
+from .matmul import LONG, columns, windows
+from .record import Algorithm, backend
 from .taps import as_products_need
 from .tiles import (
     held_in_tiles, in_turn, runs, summed_in_turn, tile_bytes, whole_bytes)
@@ -71,10 +71,13 @@ def _part(large, small, g, axis, run, by_taps):
 def _multiplied(large, small, g, kernel_size):
     part = Geometry(kernel_size, g.stride, g.padding, g.dilation, g.output_padding, g.groups, False,
                     False, small.shape)
-    seen, places = windows(large, part), small.size // small.shape[1]
-    inner = large.shape[1] // g.groups
+    places, inner = small.size // small.shape[1], large.shape[1] // g.groups
     small = small.swapaxes(0, 1).reshape(g.groups, -1, places)
-    w = small @ seen.reshape(g.groups, -1, places).swapaxes(1, 2)
+    if backend() == "cpu":
+        w = small @ columns(large, part, by_image=False).swapaxes(1, 2)
+        return w.reshape(-1, inner, *kernel_size)
+    seen = windows(large, part).reshape(g.groups, -1, places)
+    w = small @ seen.swapaxes(1, 2)
     return mx.moveaxis(w.reshape(-1, *kernel_size, inner), -1, 1)
 
 # %% ../../nbs/algorithms/weights.ipynb #e00671f3
