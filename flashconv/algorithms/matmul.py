@@ -11,7 +11,7 @@ from math import prod
 import mlx.core as mx
 
 from .record import A_STEP, Algorithm, backend
-from .taps import as_products_need
+from .taps import as_products_need, slices
 from .tiles import (
     by_taps, held_in_tiles, in_tiles, summed_in_turn, tile_bytes, whole_bytes)
 from ..geometry import Geometry
@@ -35,28 +35,29 @@ def windows(
     return x
 
 # %% ../../nbs/algorithms/matmul.ipynb #3d1c7a51
+_FEW_TAPS = 32  # slices, which take less time than writing the windows along one axis before
+
 def columns(
     x: mx.array,  # (N, C, *spatial), padded
     g: Geometry,  # of a convolution that is not transposed
     by_image: bool,  # whether each image has a matrix of its own
 ) -> mx.array:  # (groups, C/groups * taps, N * places), or (N, groups, ..., places)
     "The windows as matrices."
-    n_places = prod(g.out)
-    if x.size > len(x) * x.shape[1] * prod(g.kernel_size) * n_places:
-        seen = mx.moveaxis(windows(x, g), 1 + len(g.out), 1)
-    else: seen = _overlapping(x, g)
-    if not by_image: return seen.reshape(g.groups, -1, len(x) * n_places)
-    seen = mx.moveaxis(seen, -1 - len(g.out), 0)
-    return seen.reshape(len(x), g.groups, -1, n_places)
+    images = (len(x),) if by_image else ()
+    axes = list(zip(g.kernel_size, g.dilation, g.out, g.stride))
+    if prod(x.shape[2:]) <= prod(g.kernel_size) * prod(g.out): x = mx.contiguous(x)
+    if not by_image: x = x.swapaxes(0, 1)
+    if prod(g.kernel_size) <= _FEW_TAPS: x = _each_tap(x, axes, 1 + len(images))
+    else:
+        for behind, axis in enumerate(reversed(axes)):
+            x = _each_tap(x, [axis], 1 + len(images), (slice(None),) * behind)
+    return x.reshape(*images, g.groups, -1, g.output_shape[0] * prod(g.out) // prod(images))
 
-def _overlapping(x, g):
-    "The windows as a view of the input: (groups, C/groups, *kernel_size, N, *out)."
-    image, channel, *steps = [prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
-    inner = x.shape[1] // g.groups
-    taps = [(k, d * step) for k, d, step in zip(g.kernel_size, g.dilation, steps)]
-    places = [(o, s * step) for o, s, step in zip(g.out, g.stride, steps)]
-    axes = [(g.groups, inner * channel), (inner, channel), *taps, (len(x), image), *places]
-    return mx.as_strided(mx.contiguous(x), *map(list, zip(*axes)))
+def _each_tap(x, axes, at, rest=()):
+    "The slices that taps along some axes meet, side by side along a new axis."
+    x = mx.expand_dims(x, at)
+    met = [x[(*where, *rest)] for _, where in slices(*zip(*axes))]
+    return mx.concatenate(met, at) if len(met) > 1 else met[0]
 
 # %% ../../nbs/algorithms/matmul.ipynb #256ae777
 def window_bytes(
@@ -136,17 +137,20 @@ def _shares_a_product(x, w, g):
 # %% ../../nbs/algorithms/matmul.ipynb #323a6dfe
 _WRITTEN = 0.6  # copies that a value of a window takes
 _FEW_ROWS, _READ_AGAIN = 4, 0.7  # outputs of one channel; what reading for them takes, in copies
-_STEPS = 3  # padding, windows, product
+_STEPS, _SLICE = 3, 0.5  # padding, windows, product; the part of a step that a slice takes
 
 def _cost(call):
     (outputs, inner), g = call.weight_shape[:2], call.g
     if call.n_taps == 1: return call.multiplied + (call.seen if max(g.stride) > 1 else 0)
+    n_slices = call.n_taps if call.n_taps <= _FEW_TAPS else sum(g.kernel_size)
     copied = _WRITTEN * call.seen
     if g.channels_last: copied += min(call.inputs, call.seen)
     if inner == 1 and outputs // g.groups <= _FEW_ROWS: copied += _READ_AGAIN * call.seen
-    return copied + call.multiplied + _STEPS * A_STEP
+    return copied + call.multiplied + (_STEPS + _SLICE * n_slices) * A_STEP
 
-def _values(call): return call.seen if call.n_taps > 1 else 0
+def _values(call):  # those of a step along one axis come before the rest
+    steps = min(call.axes, 2) if call.on_gpu or call.n_taps > _FEW_TAPS else 1
+    return call.seen * steps if call.n_taps > 1 else 0
 
 def _held(call, arrays):
     if call.is_pointwise: return call.seen * call.dtype.size if call.is_strided else 0

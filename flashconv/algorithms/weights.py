@@ -144,7 +144,7 @@ PRODUCT = Algorithm("product", product, _is_pointwise, lambda call: inf, _held_b
                     "a product with the input as it lies")
 
 def _held(call, arrays):
-    copies = 2 * arrays * (max(call.g.kernel_size) > LONG)  # of the input that a few taps meet
+    copies = 3 * arrays * (max(call.g.kernel_size) > LONG)  # of what a few taps meet, under way
     return held_in_tiles(lambda call: call.seen)(call, arrays) + copies
 
 PATCHES = Algorithm("patches", patches, lambda call: call.is_inexact, lambda call: inf, _held,
