@@ -66,7 +66,8 @@ def pad_axes(
         for axis, (before, after) in amounts.items(): x = _pad_axis(x, axis, before, after, mode)
         return x
     for axis, (before, after) in amounts.items():
-        x = _slice(x, axis, max(-before, 0), max(x.shape[axis] + min(after, 0), 0))
+        if min(before, after) < 0:
+            x = _slice(x, axis, max(-before, 0), max(x.shape[axis] + min(after, 0), 0))
     grow = [tuple(max(a, 0) for a in amounts.get(axis, (0, 0))) for axis in range(x.ndim)]
     return mx.pad(x, grow, constant_values=mx.array(value, x.dtype)) if any(map(any, grow)) else x
 

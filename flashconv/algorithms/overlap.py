@@ -16,15 +16,15 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .matmul import matmul
-from .native import as_convolution, native
-from .record import Algorithm, backend
-from .taps import channel_products, in_full_precision
+from .native import as_convolution, native, swap_channels
+from .record import A_STEP, Algorithm, backend
+from .taps import channel_products, channels_first, in_full_precision
 from flashconv.algorithms.tiles import (
     MOST_TILES, after, by_batch, by_groups, by_taps, held_in_tiles, in_turn, runs, summed_in_turn,
     tile_bytes, whole_bytes)
 from ..geometry import Geometry
 from ..dilation import insert_zeros
-from ..padding import pad_axes
+from ..padding import flip, pad_axes
 
 # %% ../../nbs/algorithms/overlap.ipynb #767d468a
 class _Axis(NamedTuple):
@@ -41,41 +41,64 @@ def _axis(n_taps, step, apart, before, out):
     return _Axis(step, apart, -(-n_taps // step), first, -(-(cut + out) // step), cut)
 
 # %% ../../nbs/algorithms/overlap.ipynb #50bd4880
+def _added(stamps, axis, tap, place, start, stop):
+    "The outputs from `start` to `stop` along an axis, in phases: zeros stand for missing inputs."
+    n_taps = stamps.shape[tap]
+    first = axis.first + start - (axis.met - 1) * axis.apart  # the first input in reach
+    stamps = pad_axes(stamps, {
+        tap: (0, max(axis.met * axis.step - n_taps, 0) if axis.met > 1 else 0),
+        place: (-first, axis.first + stop - stamps.shape[place])})
+    at, terms = [slice(None)] * stamps.ndim, []
+    for j in range(axis.met):
+        behind = (axis.met - 1 - j) * axis.apart
+        at[tap] = slice(j * axis.step, (j + 1) * axis.step)
+        at[place] = slice(behind, behind + stop - start)
+        terms.append(stamps[tuple(at)])
+    y = reduce(add, terms)
+    return pad_axes(y, {tap: (0, axis.step - y.shape[tap])})
+
+# %% ../../nbs/algorithms/overlap.ipynb #5f1e7a51
+_LARGE = 16 * A_STEP  # values, whose copy takes as long as the steps for two more runs
+
 def _sums(stamps, axes):
     "(O, N, *out) of stamps (O, *taps, N, *size)."
     n = len(axes)
     for tap, axis in enumerate(axes, 1):
-        place, n_taps = tap + 1 + n, stamps.shape[tap]
-        first = axis.first - (axis.met - 1) * axis.apart
-        stamps = pad_axes(stamps, {
-            tap: (0, max(axis.met * axis.step - n_taps, 0) if axis.met > 1 else 0),
-            place: (-first, axis.first + axis.count - stamps.shape[place])})
-        at, terms = [slice(None)] * stamps.ndim, []
-        for j in range(axis.met):
-            start = (axis.met - 1 - j) * axis.apart
-            at[tap] = slice(j * axis.step, (j + 1) * axis.step)
-            at[place] = slice(start, start + axis.count)
-            terms.append(stamps[tuple(at)])
-        y = reduce(add, terms)  # (..., phases, ..., count, ...)
-        stamps = pad_axes(y, {tap: (0, axis.step - y.shape[tap])})
+        place = tap + 1 + n
+        sums = [_added(stamps, axis, tap, place, *run) for run in _runs(stamps, axis, tap, place)]
+        stamps = mx.concatenate(sums, place) if len(sums) > 1 else sums[0]
     order = [axis for i in range(n) for axis in (2 + n + i, 1 + i)]
     y = stamps.transpose(0, 1 + n, *order)
     return y.reshape(*y.shape[:2], *(axis.count * axis.step for axis in axes))
 
+def _runs(stamps, axis, tap, place):
+    "The outputs along an axis, apart where they lack inputs if that pays."
+    start = (axis.met - 1) * axis.apart - axis.first  # of those that lack none
+    stop = stamps.shape[place] - axis.first
+    pays = (backend() == "cpu" and axis.met > 1 and stamps.size > _LARGE
+            and stamps.shape[tap] % axis.step == 0)
+    if not pays or not 0 <= start < stop <= axis.count: return [(0, axis.count)]
+    return [run for run in ((0, start), (start, stop), (stop, axis.count)) if run[0] < run[1]]
+
 # %% ../../nbs/algorithms/overlap.ipynb #a0567314
 def _stamped(x, w, g):
     "The transposed convolution, channels first, of an input in the layout of the geometry."
-    x = mx.moveaxis(x, g.channel_axis, 0)  # (C, N, *size)
-    size, w = x.shape[1:], mx.unflatten(w, 0, (g.groups, -1))
+    x, size, n_images = mx.moveaxis(x, g.channel_axis, 1), g.sizes(x.shape), len(x)
+    by_image = backend() == "cpu" and (n_images == 1 or w.size <= x.size // n_images)
+    w = mx.unflatten(w, 0, (g.groups, -1))
     kernels = w.reshape(g.groups, w.shape[1], -1).swapaxes(1, 2)
-    stamps = channel_products(kernels, x.reshape(g.groups, w.shape[1], -1))
-    stamps = stamps.reshape(-1, *g.kernel_size, *size)
+    if by_image: x = x.reshape(n_images, g.groups, w.shape[1], -1)
+    else: x = x.swapaxes(0, 1).reshape(g.groups, w.shape[1], -1)
+    side_by_side = 1 if by_image else n_images
+    stamps = channel_products(kernels, x).reshape(-1, *g.kernel_size, side_by_side, *size)
     both = {1 + i: d for i, (s, d) in enumerate(zip(g.stride, g.dilation)) if s > 1 < d}
-    stamps = insert_zeros(stamps, both)
+    if both: stamps = insert_zeros(stamps, both)
     axes = [_axis(n, s, 1 if s > 1 else d, before, out) for n, s, d, (before, _), out
             in zip(stamps.shape[1:], g.stride, g.dilation, g.padding, g.out)]
-    y = _sums(stamps, axes).swapaxes(0, 1)
-    return y[(..., *(slice(axis.cut, axis.cut + out) for axis, out in zip(axes, g.out)))]
+    y = _sums(stamps, axes)
+    y = y.reshape(n_images, -1, *y.shape[2:]) if by_image else y.swapaxes(0, 1)
+    return pad_axes(y, {2 + i: (-axis.cut, axis.cut + out - axis.count * axis.step)
+                        for i, (axis, out) in enumerate(zip(axes, g.out))})
 
 # %% ../../nbs/algorithms/overlap.ipynb #fbf31277
 def _by_outputs(x, w, g, parts):
@@ -85,24 +108,24 @@ def _by_outputs(x, w, g, parts):
         shape[at] = b - a
         yield x, w[:, a:b], replace(g, output_shape=tuple(shape))
 
-def _by_rows(x, w, g, axis, parts):
-    "The parts of the outputs along an axis, with the inputs in their reach."
+def _rows(x, w, g, axis, start, stop):
+    "The outputs from `start` to `stop` along an axis, with the inputs in their reach."
     at, step, before = axis + (1 if g.channels_last else 2), g.stride[axis], g.padding[axis][0]
     shape, padding = list(g.output_shape), list(g.padding)
-    for a, b in runs(g.out[axis], parts):
-        start = max(-(-(a + before - g.spans[axis] + 1) // step), 0)
-        stop = max(min((b - 1 + before) // step + 1, x.shape[at]), start)
-        shape[at], padding[axis] = b - a, (before + a - start * step, 0)
-        part = x[(slice(None),) * at + (slice(start, stop),)]
-        yield part, w, replace(g, output_shape=tuple(shape), padding=tuple(padding))
+    first = max(-(-(start + before - g.spans[axis] + 1) // step), 0)
+    last = max(min((stop - 1 + before) // step + 1, x.shape[at]), first)
+    shape[at], padding[axis] = stop - start, (before + start - first * step, 0)
+    part = x[(slice(None),) * at + (slice(first, last),)]
+    return part, w, replace(g, output_shape=tuple(shape), padding=tuple(padding))
 
 # %% ../../nbs/algorithms/overlap.ipynb #3def853d
 def _in_parts(x, w, g, limit=None):
     "The transposed convolution, channels first, in parts of at most `limit` bytes."
     if x.size == 0: return mx.zeros((len(x), w.shape[1] * g.groups, *g.out), x.dtype)
-    size = 2 * w[0].size * g.groups * (x.size // len(w)) * x.itemsize  # without margin and with it
+    size = w[0].size * g.groups * (x.size // len(w)) * x.itemsize
+    size = size * 5 // 3 if backend() == "cpu" else size * 2  # with sums, or with a margin
     if size <= (limit or whole_bytes()): return _stamped(x, w, g)
-    if limit is None: limit = max(tile_bytes(g), size // MOST_TILES)
+    if limit is None: limit = max(tile_bytes(g), whole_bytes() // 2, size // MOST_TILES)
     run, parts = partial(_in_parts, limit=limit), -(-size // limit)
     if len(x) > 1: return mx.concatenate(in_turn(run, by_batch(x, w, g, parts)[0]), 0)
     if g.groups > 1: return mx.concatenate(in_turn(run, by_groups(x, w, g, parts)[0]), 1)
@@ -110,10 +133,47 @@ def _in_parts(x, w, g, limit=None):
     axis = g.out.index(max(g.out))
     longer = g.out[axis] // g.spans[axis]  # than what an input reaches
     if longer > 1:
-        rows = _by_rows(x, w, g, axis, min(parts, longer))
-        return mx.concatenate(in_turn(run, rows), 2 + axis)
+        rows = runs(g.out[axis], min(parts, longer))
+        tiles = [_rows(x, w, g, axis, *each) for each in rows]
+        return mx.concatenate(in_turn(run, tiles), 2 + axis)
     if max(g.kernel_size) == 1: return _stamped(x, w, g)
     return summed_in_turn(run, by_taps(x, w, g, parts))
+
+# %% ../../nbs/algorithms/overlap.ipynb #5f1e7a61
+def _inner(x, g, axis):
+    "The outputs along an axis that every tap reaches: the first, and the one after the last."
+    before, size = g.padding[axis][0], g.sizes(x.shape)[axis]
+    return max(g.spans[axis] - 1 - before, 0), min(size - before, g.out[axis])
+
+def _framed(x, g, w, axis=0):
+    "The transposed convolution at stride 1, channels first: a convolution, but for its borders."
+    if axis == len(g.out): return _inside(x, w, g)  # no axis is left to cut
+    start, stop = _inner(x, g, axis)
+    inner, _, inner_g = _rows(x, w, g, axis, start, stop)
+    parts = [_framed(inner, inner_g, w, axis + 1)]
+    if start > 0: parts.insert(0, _in_parts(*_rows(x, w, g, axis, 0, start)))
+    if stop < g.out[axis]: parts.append(_in_parts(*_rows(x, w, g, axis, stop, g.out[axis])))
+    return mx.concatenate(parts, 2 + axis) if len(parts) > 1 else parts[0]
+
+def _inside(x, w, g):
+    "Outputs that every tap reaches."
+    n = len(g.out)
+    plain = replace(g, transposed=False, padding=((0, 0),) * n, output_padding=(0,) * n)
+    return matmul(x, flip(swap_channels(w, g.groups), range(2, 2 + n)), plain)
+
+# %% ../../nbs/algorithms/overlap.ipynb #5f1e7a63
+_WRITTEN, _STAMPED = 0.6, 1.2  # copies that a value of a window takes, and of a stamp
+_SIDE = 60 * A_STEP  # the steps for one side of a frame
+
+def _pays_to_frame(x, w, g):
+    "Whether windows, and stamps around them, take less time than stamps alone."
+    if max(g.stride) > 1 or max(g.kernel_size) == 1: return False
+    inner = [_inner(x, g, axis) for axis in range(len(g.out))]
+    if any(start >= stop for start, stop in inner): return False
+    sides = [2 * (span - 1) / size for span, size in zip(g.spans, g.sizes(x.shape))]
+    windows = _WRITTEN * x.size * prod(g.kernel_size)
+    stamps = _STAMPED * x.size // len(w) * g.groups * prod(w.shape[1:])
+    return windows + sum(sides) * stamps + 2 * len(sides) * _SIDE < stamps
 
 # %% ../../nbs/algorithms/overlap.ipynb #0af65a35
 def overlap_add(
@@ -123,7 +183,10 @@ def overlap_add(
 ) -> mx.array:  # (N, O, *spatial) or (N, *spatial, O)
     "A product of the weights with the input, overlapped and added; not for integers."
     dtype = x.dtype
-    y = _in_parts(*in_full_precision(x, w), g).astype(dtype)
+    x, w = in_full_precision(x, w)
+    if backend() == "cpu" and _pays_to_frame(x, w, g): y = _framed(*channels_first(x, g), w)
+    else: y = _in_parts(x, w, g)
+    y = y.astype(dtype)
     return mx.moveaxis(y, 1, -1) if g.channels_last else y
 
 # %% ../../nbs/algorithms/overlap.ipynb #1e5570f9
@@ -170,9 +233,13 @@ def phases(
 # %% ../../nbs/algorithms/overlap.ipynb #0ddb3609
 def _cost(call): return 2 * call.seen + call.multiplied
 
+def _values(call):
+    windows = call.steps * call.n_taps * call.weight_shape[0]
+    return max(2 * call.seen, 0 if call.is_strided or call.on_gpu else windows)
+
 OVERLAP_ADD = Algorithm("overlap_add", overlap_add,
                         lambda call: call.is_inexact and call.g.transposed, _cost,
-                        held_in_tiles(lambda call: 2 * call.seen), "stamps, of one product")
+                        held_in_tiles(_values), "stamps, of one product")
 PHASES = Algorithm("phases", phases, OVERLAP_ADD.is_defined, lambda call: inf,
                    held_in_tiles(lambda call: call.seen // call.n_taps),
                    "a convolution for each phase of the stride")

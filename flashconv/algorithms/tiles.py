@@ -129,7 +129,7 @@ def summed_in_turn(
     return total
 
 # %% ../../nbs/algorithms/tiles.ipynb #981bc0c1
-WHOLE, MOST_TILES = 32 * 2**20, 1024  # bytes, parts
+WHOLE, MOST_TILES = 24 * 2**20, 1024  # bytes, parts
 
 def tile_bytes(
     g: Geometry,  # of any convolution

@@ -12,7 +12,7 @@ from math import inf, prod
 
 import mlx.core as mx
 
-from .matmul import LONG, windows
+from .matmul import LONG, columns, windows
 from .native import EVEN, FEW_INPUTS, FEW_OUTPUTS
 from .record import Algorithm, Call, backend, is_counted, most_unfolded
 from .taps import as_products_need, in_full_precision
@@ -77,10 +77,13 @@ def _part(large, small, g, axis, run, by_taps):
 def _multiplied(large, small, g, kernel_size):
     part = Geometry(kernel_size, g.stride, g.padding, g.dilation, g.output_padding, g.groups, False,
                     False, small.shape)
-    seen, places = windows(large, part), small.size // small.shape[1]
-    inner = large.shape[1] // g.groups
+    places, inner = small.size // small.shape[1], large.shape[1] // g.groups
     small = small.swapaxes(0, 1).reshape(g.groups, -1, places)
-    w = small @ seen.reshape(g.groups, -1, places).swapaxes(1, 2)
+    if backend() == "cpu":
+        w = small @ columns(large, part, by_image=False).swapaxes(1, 2)
+        return w.reshape(-1, inner, *kernel_size)
+    seen = windows(large, part).reshape(g.groups, -1, places)
+    w = small @ seen.swapaxes(1, 2)
     return mx.moveaxis(w.reshape(-1, *kernel_size, inner), -1, 1)
 
 # %% ../../nbs/algorithms/weights.ipynb #e00671f3
@@ -234,7 +237,7 @@ PRODUCT = Algorithm("product", product, _is_pointwise, lambda call: inf, _held_b
                     "a product with the input as it lies")
 
 def _held(call, arrays):
-    copies = 2 * arrays * (max(call.g.kernel_size) > LONG)  # of the input that a few taps meet
+    copies = 3 * arrays * (max(call.g.kernel_size) > LONG)  # of what a few taps meet, under way
     return held_in_tiles(lambda call: call.seen)(call, arrays) + copies
 
 PATCHES = Algorithm("patches", patches, lambda call: call.is_inexact, lambda call: inf, _held,
