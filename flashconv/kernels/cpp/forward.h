@@ -35,6 +35,7 @@ struct Plan {
   bool is_flat;               // vectors run across rows, and what they sum between rows is dropped
   bool skips;                 // taps that see nothing but padding, place by place, in turned blocks
   bool is_packed;             // weights; else they are read where they are
+  bool is_in_place;           // sums are places of the result
   SharedTaps shared;          // of a long kernel
   std::vector<Spot> spots;    // the vectors of a tile's places, or where blocks are turned, places
   Taps taps;
@@ -83,7 +84,8 @@ inline void place_spots(const Problem& p, Plan& plan) {
   for (int64_t d = 0; d < plan.size[0]; d++)
     for (int64_t h = 0; h < plan.size[1]; h++)
       for (int64_t w = 0; w < plan.size[2]; w += step) {
-        const int64_t sum = int64_t(plan.spots.size()) * step;
+        const int64_t place = (d * p.written[1] + h) * p.written[2] + w;
+        const int64_t sum = plan.is_in_place ? place : int64_t(plan.spots.size()) * step;
         plan.spots.push_back({shape.position(d, h) + w, sum});
       }
 }
@@ -395,7 +397,8 @@ inline void multiply_part(const Call& call, const Task& task, const Part& part, 
 inline void multiply_places(const Call& call, const Task& task, const Part& part,
                             const Strip& all, const float* tile, float* sums) {
   const Plan& plan = call.plan;
-  const int64_t outputs = count_outputs(plan, task);
+  const int64_t place_size =
+      plan.is_in_place ? call.problem.target.step[2] : count_outputs(plan, task);
   const int64_t most = LONGEST_SUM / part.channels;
   for (int64_t t = 0; t == 0 || t < all.tap_count; t += most) {
     const TurnedTerms terms{all.taps + t, std::min(most, all.tap_count - t), part.channels,
@@ -409,7 +412,7 @@ inline void multiply_places(const Call& call, const Task& task, const Part& part
       for (int64_t s = 0; s < strips.count; s++)
         find_turned(vectors, strips.size(s))(terms, tile, all.spots + strips.begin(s), weights,
                                              start, sums + output - first_output(plan, task),
-                                             outputs);
+                                             place_size);
     }
   }
 }
@@ -537,6 +540,11 @@ inline bool is_turning_worthwhile(const Problem& p, const Plan& plan, bool is_fl
   const int64_t turned = product(p.places()) * divide_up(p.outputs, WIDTH) * WIDTH;
   const double at_least = p.channels_last ? 1 : LANES_SAVED;
   return double(vectors * WIDTH * p.outputs) >= at_least * visible * double(turned);
+}
+
+inline bool can_sum_in_place(const Problem& p, const Plan& plan, bool is_float32) {
+  const bool is_one_chunk = plan.chunk >= p.inputs && p.outputs % WIDTH == 0;
+  return plan.is_turned && p.channels_last && is_float32 && is_one_chunk;
 }
 
 inline void multiply_all(const Call& call, const Task& task, const Part& part,
@@ -716,12 +724,18 @@ void store_phases(const Call& call, const Task& task, int64_t depth, int64_t hei
     }
 }
 
+// Where the result has a task's first output, at the first place of its image.
+template <class T>
+T* find_result(const Call& call, const Task& task, T* written) {
+  const Layout layout = call.problem.target;
+  const int64_t output = task.group * call.problem.outputs + first_output(call.plan, task);
+  return written + task.image * layout.image + output * layout.channel;
+}
+
 template <class T>
 void store_task(const Call& call, const Task& task, const float* sums, T* written) {
   const Problem& p = call.problem;
-  const Layout layout = p.target;
-  const int64_t output = task.group * p.outputs + first_output(call.plan, task);
-  T* to = written + task.image * layout.image + output * layout.channel;
+  T* to = find_result(call, task, written);
   StoredRow row;
   const int64_t outputs = count_outputs(call.plan, task);
   row.outputs = task.groups * std::min(outputs, p.outputs - first_output(call.plan, task));
@@ -759,6 +773,7 @@ inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   plan.most_taps = 1;
   for (int64_t f = 0; f < p.phases(); f++)
     plan.most_taps = std::max(plan.most_taps, plan.taps.count(f));
+  plan.is_in_place = can_sum_in_place(p, plan, is_float32);
   place_spots(p, plan);
   plan.is_packed = !is_float32 || p.shared >= 0 || plan.is_turned ||
                    is_packing_worthwhile(p, count_strips(plan));
@@ -789,6 +804,13 @@ void convolve_dense(const Problem& p, const T* read, const T* w, const void* bia
   const Call call{p, plan, weights, start.data(), zeros.data()};
   auto run = [&](int64_t index) {
     const Task task = find_task(p, plan, index);
+    if constexpr (is_float32) {
+      if (plan.is_in_place) {
+        float* result = find_result(call, task, written);
+        for (int i = 0; i < 3; i++) result += task.tile.start[i] * p.target.step[i];
+        return sum_task(call, task, read, result);
+      }
+    }
     const int64_t outputs = task.groups * count_outputs(plan, task);
     float* sums = scratch<float>(SUMS, task.phases * outputs * plan.sums_size());
     sum_task(call, task, read, sums);
