@@ -242,6 +242,7 @@ def _held(call, arrays):
 
 PATCHES = Algorithm("patches", patches, lambda call: call.is_inexact, lambda call: inf, _held,
                     "a product with all windows")
+
 def _held_by_swapped(call, arrays): return arrays * 4 // call.dtype.size  # parts are in float32
 
 SWAPPED = Algorithm("swapped", swapped, _takes_mlx, lambda call: inf, _held_by_swapped,
