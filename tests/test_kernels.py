@@ -1043,3 +1043,15 @@ def test_the_glue_compiles_without_warnings(monkeypatch, command):
              and flag != "-shared"]
     done = subprocess.run([*build.compiler(), *flags, build._HIDDEN, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", library.sources[0]], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("last", (False, True))
+@pytest.mark.parametrize("channels, outputs, groups", ((1, 1, 1), (5, 1, 1), (5, 16, 1), (4, 8, 4), (24, 24, 24)))
+def test_one_place_has_the_bits_that_it_has_in_a_row(channels, outputs, groups, last):
+    "Blocks of one sum round as often as others: GCC would take two instructions for a product and its addition."
+    run = spec((1,), ((0, 0),), (1,), groups, last)
+    x = mx.random.normal((2, channels, 35), key=mx.random.key(0))
+    w = mx.random.normal((outputs, channels // groups, 3), key=mx.random.key(1))
+    def convolved(x): return mx.moveaxis(run(mx.moveaxis(x, 1, -1), w), -1, 1) if last else run(x, w)
+    whole = convolved(x)
+    for place in range(33): assert mx.array_equal(convolved(x[..., place : place + 3]), whole[..., place : place + 1])

@@ -58,8 +58,6 @@ def _added(stamps, axis, tap, place, start, stop):
     return pad_axes(y, {tap: (0, axis.step - y.shape[tap])})
 
 # %% ../../nbs/algorithms/overlap.ipynb #5f1e7a51
-_LARGE = 16 * A_STEP  # values, whose copy takes as long as the steps for two more runs
-
 def _sums(stamps, axes):
     "(O, N, *out) of stamps (O, *taps, N, *size)."
     n = len(axes)
@@ -70,6 +68,8 @@ def _sums(stamps, axes):
     order = [axis for i in range(n) for axis in (2 + n + i, 1 + i)]
     y = stamps.transpose(0, 1 + n, *order)
     return y.reshape(*y.shape[:2], *(axis.count * axis.step for axis in axes))
+
+_LARGE = 16 * A_STEP  # values, whose copy takes as long as the steps for two more runs
 
 def _runs(stamps, axis, tap, place):
     "The outputs along an axis, apart where they lack inputs if that pays."

@@ -92,6 +92,7 @@ void depthwise_rows(const RowsOfPlaces& rows, const Tap* taps, int64_t count, co
         sums[r][v] += load(from + r * rows.pitch + place) * weights[t];
       }
     }
+    round_once<ROWS * VECTORS>(sums[0][0]);
   }
   store_rows(sums, rows, last);
 }
@@ -245,6 +246,7 @@ void depthwise_places(const float* tile, const Tap* taps, int64_t tap_count, con
     const Vector weight = load(weights + t * PLACE);
     FLASHCONV_UNROLL
     for (int i = 0; i < COUNT; i++) sums[i] += load(from + i * PLACE) * weight;
+    round_once<COUNT>(sums[0]);
   }
   FLASHCONV_UNROLL
   for (int i = 0; i < COUNT; i++) {

@@ -57,6 +57,7 @@ void sum_outer(const Places& places, const float* x, const int64_t* offsets, con
         FLASHCONV_UNROLL
         for (int v = 0; v < VECTORS; v++) sums[r][v] += outputs[v] * from[r][i];
       }
+      round_once<ROWS * VECTORS>(sums[0][0]);
     }
   }
   add_block(sums, result, row_size);
@@ -104,6 +105,7 @@ inline __attribute__((always_inline)) void dot_step(Vector (&sums)[ROWS][COLUMNS
     FLASHCONV_UNROLL
     for (int r = 0; r < ROWS; r++) sums[r][c] += outputs[r] * input;
   }
+  round_once<ROWS * COLUMNS>(sums[0][0]);
 }
 
 inline Bits first_lanes(int64_t count) {
@@ -178,6 +180,7 @@ void sum_groups(const Places& places, const float* x, const int64_t* offsets, co
       const Vector output = load(y);
       FLASHCONV_UNROLL
       for (int t = 0; t < COUNT; t++) sums[t] += load(from + offsets[t]) * output;
+      round_once<COUNT>(sums[0]);
     }
   }
   FLASHCONV_UNROLL

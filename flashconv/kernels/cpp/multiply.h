@@ -61,6 +61,7 @@ inline __attribute__((always_inline)) void multiply_step(Vector (&sums)[ROWS][VE
       for (int v = 0; v < VECTORS; v++) sums[r][v] += x[v] * weights[r * row];
     }
   }
+  round_once<ROWS * VECTORS>(sums[0][0]);
 }
 
 template <int ROWS, int VECTORS>
@@ -192,6 +193,7 @@ inline __attribute__((always_inline)) void turned_step(Vector (&sums)[ROWS][VECT
     FLASHCONV_UNROLL
     for (int v = 0; v < VECTORS; v++) sums[r][v] += w[v] * input[r][offset];
   }
+  round_once<ROWS * VECTORS>(sums[0][0]);
 }
 
 // weights[tap][channel][output]; the sums of a place are `place_size` from those of the next.

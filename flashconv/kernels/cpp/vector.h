@@ -72,6 +72,12 @@ inline __attribute__((always_inline)) Vector hold(Vector value) {
   return value;
 }
 
+// After each step of a block that has so many sums: every product is rounded once.
+template <int SUMS>
+inline __attribute__((always_inline)) void round_once(Vector& sum) {
+  if constexpr (SUMS == 1) sum = hold(sum);
+}
+
 inline Vector load(const BFloat16* from) {
   Halves halves;
   memcpy(&halves, from, sizeof halves);
