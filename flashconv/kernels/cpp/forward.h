@@ -408,7 +408,7 @@ inline void multiply_places(const Call& call, const Task& task, const Part& part
       const int64_t vectors = plan.blocks.size(block) / WIDTH;
       const float* start = part.start && t == 0 ? part.start + output : nullptr;
       const float* weights = find_weights(call, part, block);
-      const Parts strips(all.count, max_places(vectors));
+      const Parts strips(all.count, max_rows(vectors));
       for (int64_t s = 0; s < strips.count; s++)
         find_turned(vectors, strips.size(s))(terms, tile, all.spots + strips.begin(s), weights,
                                              start, sums + output - first_output(plan, task),
@@ -423,12 +423,17 @@ inline bool sees(const Axis& axis, const AxisTap& tap, int64_t place) {
   return at >= 0 && at < axis.length;
 }
 
+// How many of an axis' places see the input through a tap.
+inline int64_t count_visible(const Axis& axis, const AxisTap& tap) {
+  const int64_t behind = divide_up(axis.length - axis.planes[tap.plane], axis.stride) - tap.shift;
+  return std::max<int64_t>(0, std::min(axis.places, behind) - std::max<int64_t>(0, -tap.shift));
+}
+
 // How much of what an axis' taps reach from all places is input, and not padding.
 inline double visible_share(const Axis& axis) {
   const int64_t all = axis.places * int64_t(axis.taps.size());
   int64_t visible = 0;
-  for (const AxisTap& tap : axis.taps)
-    for (int64_t place = 0; place < axis.places; place++) visible += sees(axis, tap, place);
+  for (const AxisTap& tap : axis.taps) visible += count_visible(axis, tap);
   return all ? double(visible) / double(all) : 1;
 }
 
@@ -436,16 +441,17 @@ inline double visible_share(const Problem& p) {
   return visible_share(p.axes[0]) * visible_share(p.axes[1]) * visible_share(p.axes[2]);
 }
 
-// Whether padding makes up much of what would be multiplied, as with large dilations. Outputs must
-// be many, since finding out which taps a place sees takes time as well.
-inline bool is_worth_skipping(const Problem& p) {
-  if (p.outputs < 4 * MAX_ROWS || p.phases() > 1) return false;
+// How much of all products is left: 1 unless padding makes up much of them, as with large dilations.
+// Outputs must be many, since finding out which taps a place sees takes time as well.
+inline double share_left(const Problem& p) {
+  if (p.outputs < 4 * MAX_ROWS || p.phases() > 1) return 1;
   int64_t taps = 1;
   for (const Axis& axis : p.axes) {
-    if (axis.taps.size() > MOST_SKIPPED) return false;
+    if (axis.taps.size() > MOST_SKIPPED) return 1;
     taps *= axis.taps.size();
   }
-  return taps * FEWEST_CHANNELS <= LONGEST_SUM && visible_share(p) < 0.85;
+  const double visible = visible_share(p);
+  return taps * FEWEST_CHANNELS <= LONGEST_SUM && visible < 0.85 ? visible : 1;
 }
 
 // The taps of an axis, as bits, through which a place sees the input.
@@ -469,14 +475,13 @@ inline std::vector<Seen> sort_by_taps(const Problem& p, const Plan& plan, const 
   seen.reserve(plan.spots.size());
   const Spot* spot = plan.spots.data();
   for (int64_t d = 0; d < size[0]; d++)
-    for (int64_t h = 0; h < size[1]; h++)
-      for (int64_t w = 0; w < size[2]; w++) {
-        const uint64_t depths = visible_taps(p.axes[0], tile.start[0] + d);
-        const uint64_t heights = visible_taps(p.axes[1], tile.start[1] + h);
-        const uint64_t widths = visible_taps(p.axes[2], tile.start[2] + w);
-        const uint64_t taps = (depths << MOST_SKIPPED | heights) << MOST_SKIPPED | widths;
-        seen.push_back({taps, *spot++});
-      }
+    for (int64_t h = 0; h < size[1]; h++) {
+      const uint64_t depths = visible_taps(p.axes[0], tile.start[0] + d);
+      const uint64_t heights = visible_taps(p.axes[1], tile.start[1] + h);
+      const uint64_t of_row = (depths << MOST_SKIPPED | heights) << MOST_SKIPPED;
+      for (int64_t w = 0; w < size[2]; w++)
+        seen.push_back({of_row | visible_taps(p.axes[2], tile.start[2] + w), *spot++});
+    }
   auto comes_first = [](const Seen& a, const Seen& b) {
     return a.taps != b.taps ? a.taps < b.taps : a.spot.place < b.spot.place;
   };
@@ -531,15 +536,15 @@ class VisiblePlaces {
   std::vector<Range> ranges;
 };
 
-inline bool is_turning_worthwhile(const Problem& p, const Plan& plan, bool is_float32) {
+inline bool is_turning_worthwhile(const Problem& p, const Plan& plan, double left,
+                                  bool is_float32) {
   if (p.phases() > 1 || p.shared >= 0 || plan.group_block > 1) return false;
   const int64_t vectors = count_vectors(p, p.places());
   const int64_t strips = divide_up(vectors, max_vectors(MAX_ROWS));
   if (is_float32 && !is_packing_worthwhile(p, strips)) return false;
-  const double visible = is_worth_skipping(p) ? visible_share(p) : 1;
   const int64_t turned = product(p.places()) * divide_up(p.outputs, WIDTH) * WIDTH;
   const double at_least = p.channels_last ? 1 : LANES_SAVED;
-  return double(vectors * WIDTH * p.outputs) >= at_least * visible * double(turned);
+  return double(vectors * WIDTH * p.outputs) >= at_least * left * double(turned);
 }
 
 inline bool can_sum_in_place(const Problem& p, const Plan& plan, bool is_float32) {
@@ -683,7 +688,7 @@ void store_row_first(T* to, int64_t channel, const StoredRow& row) {
 
 template <class T>
 void store_row_turned(T* to, const Layout& layout, const StoredRow& row) {
-  if (layout.channel != 1 || row.outputs == 1) {
+  if (layout.channel != 1) {
     store_turned(to, layout.channel, row.sums, row.place_size, row.outputs, row.count);
     return;
   }
@@ -758,11 +763,12 @@ FLASHCONV_NOINLINE
 inline Plan make_plan(const Problem& p, int64_t threads, bool is_float32) {
   Plan plan;
   plan.group_block = choose_group_block(p);
-  plan.is_turned = is_turning_worthwhile(p, plan, is_float32);
-  plan.skips = plan.is_turned && is_worth_skipping(p);
+  const double left = share_left(p);
+  plan.is_turned = is_turning_worthwhile(p, plan, left, is_float32);
+  plan.skips = plan.is_turned && left < 1;
   plan.blocks = Parts(p.outputs, MAX_ROWS);
   plan.chunk = choose_chunk(p, plan.blocks.largest());
-  if (plan.is_turned) plan.blocks = Parts(divide_up(p.outputs, WIDTH), MAX_TURNED, WIDTH);
+  if (plan.is_turned) plan.blocks = Parts(divide_up(p.outputs, WIDTH), MOST_OUTPUT_VECTORS, WIDTH);
   if (plan.group_block > 1) plan.chunk = p.inputs;
   choose_size(p, plan);
   share_among_threads(p, plan, threads);

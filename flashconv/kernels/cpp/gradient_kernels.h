@@ -16,13 +16,6 @@ struct Places {
 
 // ---- many outputs: a vector holds neighbouring outputs of one place -----------------------------
 
-constexpr int MOST_OUTPUT_VECTORS = 3;
-
-constexpr int max_weight_rows(int vectors) {
-  const int rows = SUMS_IN_REGISTERS / vectors;
-  return rows < 8 ? rows : 8;
-}
-
 // Adds a block of sums to what there is.
 template <int ROWS, int VECTORS>
 inline __attribute__((always_inline)) void add_block(const Vector (&sums)[ROWS][VECTORS],
@@ -48,17 +41,7 @@ void sum_outer(const Places& places, const float* x, const int64_t* offsets, con
     const float* from[ROWS];
     FLASHCONV_UNROLL
     for (int r = 0; r < ROWS; r++) from[r] = x + offsets[r] + places.rows[row];
-    for (int64_t i = 0; i < places.length; i++, y += y_size) {
-      Vector outputs[VECTORS];
-      FLASHCONV_UNROLL
-      for (int v = 0; v < VECTORS; v++) outputs[v] = hold(load(y + v * WIDTH));
-      FLASHCONV_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        FLASHCONV_UNROLL
-        for (int v = 0; v < VECTORS; v++) sums[r][v] += outputs[v] * from[r][i];
-      }
-      round_once<ROWS * VECTORS>(sums[0][0]);
-    }
+    for (int64_t i = 0; i < places.length; i++, y += y_size) outer_step(sums, from, i, y);
   }
   add_block(sums, result, row_size);
 }
@@ -74,7 +57,7 @@ SumOuter find_outer(int64_t count, std::integer_sequence<int, rows...>) {
 
 template <int VECTORS>
 SumOuter find_outer(int64_t rows) {
-  return find_outer<VECTORS>(rows, std::make_integer_sequence<int, max_weight_rows(VECTORS)>());
+  return find_outer<VECTORS>(rows, std::make_integer_sequence<int, max_rows(VECTORS)>());
 }
 
 inline SumOuter find_outer(int64_t rows, int64_t vectors) {

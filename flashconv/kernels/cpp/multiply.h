@@ -170,9 +170,9 @@ struct Parts {
 };
 
 // A turned block holds VECTORS * WIDTH outputs at ROWS places. Its weights stay in registers.
-constexpr int MAX_TURNED = 3;  // vectors
+constexpr int MOST_OUTPUT_VECTORS = 3;
 
-constexpr int max_places(int vectors) { return max_vectors(vectors); }
+constexpr int max_rows(int vectors) { return max_vectors(vectors); }
 
 // What it sums: some of the packed taps of some channels.
 struct TurnedTerms {
@@ -182,16 +182,16 @@ struct TurnedTerms {
 };
 
 template <int ROWS, int VECTORS>
-inline __attribute__((always_inline)) void turned_step(Vector (&sums)[ROWS][VECTORS],
-                                                       const float* const (&input)[ROWS],
-                                                       int64_t offset, const float* weights) {
-  Vector w[VECTORS];
+inline __attribute__((always_inline)) void outer_step(Vector (&sums)[ROWS][VECTORS],
+                                                      const float* const (&input)[ROWS],
+                                                      int64_t offset, const float* vectors) {
+  Vector outputs[VECTORS];
   FLASHCONV_UNROLL
-  for (int v = 0; v < VECTORS; v++) w[v] = hold(load(weights + v * WIDTH));
+  for (int v = 0; v < VECTORS; v++) outputs[v] = hold(load(vectors + v * WIDTH));
   FLASHCONV_UNROLL
   for (int r = 0; r < ROWS; r++) {
     FLASHCONV_UNROLL
-    for (int v = 0; v < VECTORS; v++) sums[r][v] += w[v] * input[r][offset];
+    for (int v = 0; v < VECTORS; v++) sums[r][v] += outputs[v] * input[r][offset];
   }
   round_once<ROWS * VECTORS>(sums[0][0]);
 }
@@ -210,7 +210,7 @@ void multiply_turned(const TurnedTerms& terms, const float* tile, const Spot* sp
     const float* weight = weights + tap->index * terms.channels * VECTORS * WIDTH;
     const int64_t end = tap->offset + terms.channels * terms.channel_size;
     for (int64_t offset = tap->offset; offset < end; offset += terms.channel_size) {
-      turned_step(sums, input, offset, weight);
+      outer_step(sums, input, offset, weight);
       weight += VECTORS * WIDTH;
     }
   }
@@ -232,8 +232,8 @@ Multiply<TurnedTerms> find_places(int64_t count, std::integer_sequence<int, plac
 
 template <int VECTORS = 1>
 Multiply<TurnedTerms> find_turned(int64_t vectors, int64_t places) {
-  if constexpr (VECTORS <= MAX_TURNED) {
-    using Counts = std::make_integer_sequence<int, max_places(VECTORS)>;
+  if constexpr (VECTORS <= MOST_OUTPUT_VECTORS) {
+    using Counts = std::make_integer_sequence<int, max_rows(VECTORS)>;
     return vectors == VECTORS ? find_places<VECTORS>(places, Counts()) :
                                 find_turned<VECTORS + 1>(vectors, places);
   } else {

@@ -342,7 +342,7 @@ inline void add_outer(const Places& places, const float* x, const std::vector<in
   const Parts vectors(output_size / WIDTH, MOST_OUTPUT_VECTORS);
   for (int64_t v = 0; v < vectors.count; v++) {
     const int64_t output = vectors.begin(v) * WIDTH;
-    const Parts blocks(offsets.size(), max_weight_rows(vectors.size(v)));
+    const Parts blocks(offsets.size(), max_rows(vectors.size(v)));
     for (int64_t b = 0; b < blocks.count; b++) {
       const int64_t row = blocks.begin(b);
       find_outer(blocks.size(b), vectors.size(v))(places, x, offsets.data() + row, y + output,
