@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .matmul import matmul
+from .matmul import WRITTEN, is_by_image, matmul
 from .native import as_convolution, native, swap_channels
 from .record import A_STEP, Algorithm, backend
 from .taps import channel_products, channels_first, in_full_precision
@@ -84,7 +84,7 @@ def _runs(stamps, axis, tap, place):
 def _stamped(x, w, g):
     "The transposed convolution, channels first, of an input in the layout of the geometry."
     x, size, n_images = mx.moveaxis(x, g.channel_axis, 1), g.sizes(x.shape), len(x)
-    by_image = backend() == "cpu" and (n_images == 1 or w.size <= x.size // n_images)
+    by_image = backend() == "cpu" and is_by_image(x, w)
     w = mx.unflatten(w, 0, (g.groups, -1))
     kernels = w.reshape(g.groups, w.shape[1], -1).swapaxes(1, 2)
     if by_image: x = x.reshape(n_images, g.groups, w.shape[1], -1)
@@ -162,7 +162,7 @@ def _inside(x, w, g):
     return matmul(x, flip(swap_channels(w, g.groups), range(2, 2 + n)), plain)
 
 # %% ../../nbs/algorithms/overlap.ipynb #5f1e7a63
-_WRITTEN, _STAMPED = 0.6, 1.2  # copies that a value of a window takes, and of a stamp
+_STAMPED = 1.2  # copies that a value of a stamp takes
 _SIDE = 60 * A_STEP  # the steps for one side of a frame
 
 def _pays_to_frame(x, w, g):
@@ -171,7 +171,7 @@ def _pays_to_frame(x, w, g):
     inner = [_inner(x, g, axis) for axis in range(len(g.out))]
     if any(start >= stop for start, stop in inner): return False
     sides = [2 * (span - 1) / size for span, size in zip(g.spans, g.sizes(x.shape))]
-    windows = _WRITTEN * x.size * prod(g.kernel_size)
+    windows = WRITTEN * x.size * prod(g.kernel_size)
     stamps = _STAMPED * x.size // len(w) * g.groups * prod(w.shape[1:])
     return windows + sum(sides) * stamps + 2 * len(sides) * _SIDE < stamps
 

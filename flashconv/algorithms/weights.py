@@ -34,13 +34,11 @@ def product(
     large, small = _larger_first(*as_products_need(x, cotangent), g)
     met = [slice(0, (n - 1) * s + 1, s) for n, s in zip(g.sizes(small.shape), g.stride)]
     large = large[(slice(None), *met) if g.channels_last else (..., *met)]
-    if g.channels_last or _is_half(small) and len(small) > 1:
+    if g.channels_last or small.itemsize == 2 and len(small) > 1:  # in one sum, for 16 bits
         large, small = (mx.moveaxis(a, g.channel_axis, -1) for a in (large, small))
         w = mx.flatten(small, 0, -2).T @ mx.flatten(large, 0, -2)
     else: w = (mx.flatten(small, 2) @ mx.flatten(large, 2).swapaxes(1, 2)).sum(0)
     return w.reshape(*w.shape, *g.kernel_size).astype(x.dtype)
-
-def _is_half(a): return a.dtype in (mx.float16, mx.bfloat16)
 
 # %% ../../nbs/algorithms/weights.ipynb #2e1cdba4
 def patches(

@@ -441,7 +441,7 @@ inline double visible_share(const Problem& p) {
   return visible_share(p.axes[0]) * visible_share(p.axes[1]) * visible_share(p.axes[2]);
 }
 
-// How much of all products is left: 1 unless padding makes up much of them, as with large dilations.
+// How much of all products is left: 1, but for layers with much padding, as with large dilations.
 // Outputs must be many, since finding out which taps a place sees takes time as well.
 inline double share_left(const Problem& p) {
   if (p.outputs < 4 * MAX_ROWS || p.phases() > 1) return 1;
